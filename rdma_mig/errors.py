@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that rdma-mig raises on purpose, and the exit status each kind ends in.
+
+A message is written for the operator who reads one line of it: what was awaited or done, by or
+from whom. The two things that line must not lack are fields of their own, so that nobody has to
+parse prose: ``remedy`` (what to do now, a command where there is one) and ``owner`` (which side
+can run the virtual machine after this failure).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = [
+    "ExitStatus",
+    "HostError",
+    "LocalProtocolError",
+    "MigrationCancelled",
+    "MigrationError",
+    "MigrationTimeout",
+    "PeerGone",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "SnapshotError",
+    "UsageError",
+]
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of ``rdma-migrate``."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    HOST_CANNOT = 3
+    PEER_BROKE_PROTOCOL = 4
+    TIMED_OUT_OR_CANCELLED = 5
+
+
+class MigrationError(Exception):
+    """A migration, or work on a snapshot, failed.
+
+    Args:
+        message: what happened, one line, without a final full stop.
+        remedy: what the operator can do about it, one line; a command where there is one.
+        owner: who owns the virtual machine now, one clause; empty where that is no question.
+    """
+
+    exit_status = ExitStatus.FAILED
+
+    def __init__(self, message: str, *, remedy: str = "", owner: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.owner = owner
+
+    def __str__(self) -> str:
+        """The one line an operator reads."""
+        return "; ".join(part for part in (self.message, self.owner, self.remedy) if part)
+
+
+class UsageError(MigrationError):
+    """An argument cannot be used: a URI that does not parse, options that exclude each other."""
+
+    exit_status = ExitStatus.USAGE
+
+
+class HostError(MigrationError):
+    """This host cannot do it: no verbs device, no permission, no memory to lock, port taken."""
+
+    exit_status = ExitStatus.HOST_CANNOT
+
+
+class SnapshotError(MigrationError):
+    """A snapshot directory cannot be written or read, or is damaged."""
+
+
+class PeerGone(MigrationError):
+    """The peer closed the connection, or its host or process is gone."""
+
+
+class ProtocolError(MigrationError):
+    """The migration protocol was broken, by us (local) or by the peer (remote)."""
+
+    exit_status = ExitStatus.PEER_BROKE_PROTOCOL
+
+
+class LocalProtocolError(ProtocolError):
+    """We were asked to send something that the protocol does not allow here."""
+
+    exit_status = ExitStatus.FAILED
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something that the protocol does not allow here."""
+
+
+class MigrationTimeout(MigrationError):
+    """A wait reached its limit."""
+
+    exit_status = ExitStatus.TIMED_OUT_OR_CANCELLED
+
+
+class MigrationCancelled(MigrationError):
+    """The migration was cancelled: by ``cancel()``, SIGINT or SIGTERM."""
+
+    exit_status = ExitStatus.TIMED_OUT_OR_CANCELLED
