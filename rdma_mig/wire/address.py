@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migration URIs of the RDMA transport: ``rdma:HOST:PORT``.
+
+Wire: docs/protocol.md, addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from rdma_mig.errors import UsageError
+
+__all__ = ["RdmaAddress"]
+
+_EXAMPLE = "write rdma:HOST:PORT, for example rdma:192.0.2.1:4444 or rdma:[2001:db8::1]:4444"
+# What QEMU's address parser takes behind the port; RDMA uses none of it.
+_IGNORED_OPTIONS = frozenset({"ipv4", "ipv6", "to", "keep-alive", "mptcp", "numeric"})
+
+
+@dataclass(frozen=True, slots=True)
+class RdmaAddress:
+    """Where to listen or to connect.
+
+    Args:
+        host: a name or an address; IPv6 without brackets.
+        port: 0 to 65535; 0 lets a listener pick one.
+
+    Wire: docs/protocol.md, addresses.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        """The URI, brackets around IPv6."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"rdma:{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, uri: str, *, listening: bool) -> RdmaAddress:
+        """Parse ``rdma:HOST:PORT`` or ``rdma:[V6]:PORT``.
+
+        A tail such as ``,ipv4=on`` is accepted and ignored, as QEMU does.
+
+        Args:
+            uri: what the operator wrote.
+            listening: whether port 0 is allowed.
+
+        Raises:
+            UsageError: with the remedy.
+        """
+        scheme, colon, rest = uri.partition(":")
+        if not colon or scheme != "rdma":
+            got = f"scheme {scheme!r}" if colon else "no scheme"
+            raise UsageError(f"{uri!r} has {got}, allowed is rdma", remedy=_EXAMPLE)
+        address, *options = rest.split(",")
+        for option in options:
+            if option.partition("=")[0] not in _IGNORED_OPTIONS:
+                raise UsageError(f"{uri!r} has unknown option {option!r}", remedy="leave it out")
+        host, port_text = _split(uri, address)
+        port = _port(uri, port_text, listening=listening)
+        if not host:
+            remedy = "to listen everywhere write 0.0.0.0 or [::]" if listening else "name the host"
+            raise UsageError(f"{uri!r} has an empty host", remedy=remedy)
+        return cls(host, port)
+
+
+def _split(uri: str, address: str) -> tuple[str, str]:
+    """Split ``HOST:PORT`` and check the host's form (an empty one is left to the caller)."""
+    if address.startswith("["):
+        host, bracket, rest = address[1:].partition("]")
+        if not bracket:
+            raise UsageError(f"{uri!r} lacks the bracket that closes the host", remedy=_EXAMPLE)
+        if host:
+            _check_ipv6(uri, host)
+        if not rest.startswith(":"):
+            raise UsageError(f"{uri!r} has no port", remedy=_EXAMPLE)
+        return host, rest[1:]
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        raise UsageError(f"{uri!r} has no port", remedy=_EXAMPLE)
+    if ":" in host:
+        raise UsageError(
+            f"{uri!r} has more than one colon behind the scheme",
+            remedy="put an IPv6 address in brackets: rdma:[2001:db8::1]:4444",
+        )
+    if not host.isprintable() or any(char in " /@[]\\\"'" for char in host):
+        raise UsageError(f"{uri!r} has host {host!r}, which is no name or address", remedy=_EXAMPLE)
+    return host, port
+
+
+def _check_ipv6(uri: str, host: str) -> None:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        raise UsageError(
+            f"{uri!r} has {host!r} in brackets, which is no IPv6 address", remedy=_EXAMPLE
+        ) from None
+
+
+def _port(uri: str, text: str, *, listening: bool) -> int:
+    if not text:
+        raise UsageError(f"{uri!r} has no port", remedy=_EXAMPLE)
+    # Five digits at most, so that no long number reaches int().
+    port = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else -1
+    lowest = 0 if listening else 1
+    if not lowest <= port <= 65535:
+        raise UsageError(
+            f"{uri!r} has port {text[:32]!r}, allowed are {lowest} to 65535",
+            remedy="a port of 0 is for listening only" if port == 0 else _EXAMPLE,
+        )
+    return port
