@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of a guest: an unnamed file in memory, mapped once, safe to pin.
+
+A memfd and not a file on disk, since Linux 6.4 refuses to pin file-backed pages for writing other
+than those of shmem and hugetlbfs. Sealed against resizing, so that nobody who gets hold of the
+descriptor can pull the pages from under a memory region or a copy loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rdma_mig import _pages
+from rdma_mig.errors import HostError, MigrationCancelled
+
+__all__ = ["GuestMemory", "MemoryHold"]
+
+_MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; vm.memfd_noexec=2 refuses every memfd without it
+_MIB = 1 << 20
+_NAME_LIMIT = 200  # the kernel takes 249 bytes; the name is for /proc/PID/maps only
+
+
+def _human(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{-(-size // _MIB)} MiB"
+
+
+def _memory_left() -> int | None:
+    """Bytes the kernel could still hand out (MemAvailable and free swap); None when unknown."""
+    left = None
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key in ("MemAvailable", "SwapFree"):
+                left = (left or 0) + int(value.split()[0]) * 1024
+    return left
+
+
+class MemoryHold:
+    """What keeps a `GuestMemory` from being closed: a memory region over it, a copy under way."""
+
+    def __init__(self, memory: GuestMemory, what: str) -> None:
+        self.what = what
+        self._memory: GuestMemory | None = memory
+
+    def release(self) -> None:
+        """Let go; a second time does nothing."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory._holds.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class GuestMemory:
+    """Memory of one RAM block, all zeros at first; no page is allocated until it is touched.
+
+    A context manager; closing is refused while anything holds it.
+
+    Args:
+        length: bytes.
+        name: what it is, for messages and /proc/PID/maps (the block's idstr).
+
+    Attributes:
+        length: bytes.
+        address: where it is mapped in this process, at a page.
+        fd: the memfd, open for as long as the memory is; not to be closed by others.
+
+    Raises:
+        HostError: this host cannot provide it (memory, address space, descriptors, file size).
+    """
+
+    def __init__(self, length: int, name: str) -> None:
+        self.name = name
+        self.length = length
+        self.fd = -1
+        self._holds: list[MemoryHold] = []
+        self._map: mmap.mmap | None = None
+        if length <= 0:
+            raise ValueError(f"guest memory {name!r} of {length} bytes")
+        try:
+            self.fd = _memfd(name)
+            os.ftruncate(self.fd, length)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+            self._map = mmap.mmap(self.fd, length, mmap.MAP_SHARED)
+            # A core dump would hold the guest's secrets, and take as long as the guest is large.
+            self._map.madvise(mmap.MADV_DONTDUMP)
+            self.address = _pages.address_of(self._map)
+        except (OSError, OverflowError) as error:
+            self._discard()
+            raise self._refused("cannot be had", error) from error
+
+    def _refused(self, what: str, error: OSError | OverflowError) -> HostError:
+        code = error.errno if isinstance(error, OSError) else errno.ENOMEM
+        remedy = {
+            errno.EFBIG: "raise the file size limit (ulimit -f), which counts for memory files too",
+            errno.EMFILE: "raise the limit of open files (ulimit -n)",
+            errno.ENFILE: "raise fs.file-max",
+        }.get(
+            code or 0,
+            "free memory, add swap, or raise the limits on this process (cgroup memory.max, "
+            "ulimit -v, vm.overcommit_memory)",
+        )
+        reason = os.strerror(code) if code else str(error)
+        return HostError(
+            f"{_human(self.length)} of memory for RAM block {self.name!r} {what}: {reason}",
+            remedy=remedy,
+        )
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            raise ValueError(f"guest memory {self.name!r} is closed")
+        return self._map
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was given back."""
+        return self._map is None
+
+    def view(self) -> memoryview:
+        """All of it, writable; while the view (or a slice) lives, the memory cannot be closed."""
+        return memoryview(self._mapped())
+
+    def next_data(self, offset: int) -> int | None:
+        """The offset at or after ``offset`` from which pages are allocated; None for no more.
+
+        What lies between is zero, and reading it through the mapping would allocate it.
+        """
+        self._mapped()
+        if offset >= self.length:
+            return None
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise
+
+    def populate(
+        self, should_stop: Callable[[], bool] | None = None, step: int = 64 * _MIB
+    ) -> None:
+        """Allocate and map every page now, without the GIL, so that registration is quick.
+
+        Args:
+            should_stop: asked before each step; true ends it with `MigrationCancelled`.
+            step: bytes at a time, a multiple of the page size.
+
+        Raises:
+            HostError: there is not enough memory; what was allocated so far stays until close.
+            MigrationCancelled: ``should_stop`` said so.
+        """
+        if step <= 0 or step % mmap.PAGESIZE:
+            raise ValueError(f"step {step} is not a multiple of the page size")
+        missing = self.length - os.fstat(self.fd).st_blocks * 512
+        left = _memory_left()
+        if left is not None and missing > left:
+            # Populating beyond that wakes the OOM killer, which may choose anyone.
+            raise HostError(
+                f"RAM block {self.name!r} needs {_human(missing)} of memory and this host has "
+                f"{_human(left)} left",
+                remedy="free memory or add swap",
+            )
+        with self.view() as view:
+            for start in range(0, self.length, step):
+                if should_stop is not None and should_stop():
+                    raise MigrationCancelled(
+                        f"populating the memory of RAM block {self.name!r} was cancelled"
+                    )
+                with view[start : start + step] as part:
+                    self._populate(start, part)
+
+    def _populate(self, start: int, part: memoryview) -> None:
+        try:
+            for _ in range(100):
+                failed = -_pages.populate_write(part)
+                if failed not in (errno.EAGAIN, errno.EINTR):
+                    break
+            if failed == errno.EINVAL:
+                # Before Linux 5.14. Allocation first: it fails with an errno, a touch with SIGBUS.
+                os.posix_fallocate(self.fd, start, len(part))
+                _pages.touch_write(part, mmap.PAGESIZE)
+            elif failed:
+                # EFAULT: a touch would have been a SIGBUS, for want of memory (or a broken page).
+                raise OSError(errno.ENOMEM if failed == errno.EFAULT else failed, "")
+        except OSError as error:
+            raise self._refused(
+                f"cannot be allocated ({_human(start)} of it could)", error
+            ) from error
+
+    def hold(self, what: str = "a user") -> MemoryHold:
+        """Keep the memory from being closed until the result is released.
+
+        Args:
+            what: who holds it, for the message of a ``close`` that comes too early.
+        """
+        self._mapped()
+        held = MemoryHold(self, what)
+        self._holds.append(held)
+        return held
+
+    def close(self) -> None:
+        """Give the memory back; a second time does nothing.
+
+        Raises:
+            BufferError: it is held, or a view of it lives; it stays as it was.
+        """
+        if self._map is None:
+            return
+        if self._holds:
+            who = ", ".join(held.what for held in self._holds)
+            raise BufferError(f"guest memory {self.name!r} is still held by {who}")
+        try:
+            self._map.close()
+        except BufferError:
+            raise BufferError(f"a view of guest memory {self.name!r} is still in use") from None
+        self._discard()
+
+    def _discard(self) -> None:
+        self._map = None
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._map is None else f"at {self.address:#x}"
+        return f"<GuestMemory {self.name!r}, {self.length} bytes, {state}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_map", None) is not None:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
+            self._discard()
+
+
+def _memfd(name: str) -> int:
+    label = name.encode("utf-8", "surrogateescape").replace(b"\0", b"?")[:_NAME_LIMIT]
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(os.fsdecode(label), flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.memfd_create(os.fsdecode(label), flags)
