@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stock Debian kernel: fetched as a package, unpacked beside the project, never installed."""
+
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from labvm.host import CACHE, LabError, find, locked, need
+
+# In this order; each brings its dependencies. rdma_rxe wants crc32 of the crypto API, and fails
+# with ENOENT where crc32_generic is not there.
+MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "virtio_rng",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "crc32_generic",
+    "veth",
+    "dummy",
+    "rdma_rxe",
+    "rdma_ucm",
+    "ib_uverbs",
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An unpacked kernel package."""
+
+    version: str
+    tree: Path
+
+    @property
+    def image(self) -> Path:
+        return self.tree / "boot" / f"vmlinuz-{self.version}"
+
+    @property
+    def modules(self) -> Path:
+        """The directory to be mounted at /lib/modules."""
+        return self.tree / "lib" / "modules"
+
+    def load_order(self) -> list[tuple[str, bytes]]:
+        """Return (file name, content) of each module that the lab loads, dependencies first."""
+        order: dict[str, bytes] = {}
+        for module in MODULES:
+            shown = _run(
+                "modules",
+                [need("modprobe"), "-d", str(self.tree), "-S", self.version, "--show-depends", module],
+            )
+            for line in shown.splitlines():
+                word = line.split()
+                if word[:1] == ["insmod"]:
+                    path = Path(word[1])
+                    order.setdefault(path.name.removesuffix(".xz"), _module(path))
+        return list(order.items())
+
+
+def _module(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(content)
+    if path.suffix != ".ko":
+        raise LabError("modules", f"{path.name}: this compression is not known")
+    return content
+
+
+def _run(step: str, command: list[str], cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise LabError(step, f"{Path(command[0]).name} {command[1]}: {said[-1] if said else 'failed'}")
+    return done.stdout
+
+
+def _package() -> str:
+    """Name the package that linux-image-amd64 depends on now."""
+    if find("apt-cache") is None or find("dpkg") is None:
+        raise LabError("kernel", "fetching Debian's kernel needs apt and dpkg")
+    said = _run("kernel", [need("apt-cache"), "depends", "linux-image-amd64"])
+    names: list[str] = re.findall(r"^\s*Depends:\s*(linux-image-\d\S*)$", said, re.MULTILINE)
+    if not names:
+        raise LabError("kernel", "apt knows no linux-image-amd64: run apt-get update first")
+    return names[0]
+
+
+def _fetch(tree: Path) -> None:
+    package = _package()
+    with tempfile.TemporaryDirectory(prefix="kernel-", dir=CACHE) as temporary:
+        work = Path(temporary)
+        # apt's own sandbox user cannot write here, and saying so on each download helps nobody.
+        options = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
+        _run("kernel", [need("apt-get"), "download", *options, package], cwd=work)
+        packages = list(work.glob("*.deb"))
+        if len(packages) != 1:
+            raise LabError("kernel", f"apt-get download {package} left {len(packages)} packages")
+        unpacked = work / "unpacked"
+        _run("kernel", [need("dpkg"), "-x", str(packages[0]), str(unpacked)])
+        version = package.removeprefix("linux-image-")
+        # A package of a merged-/usr release has its modules below usr/.
+        if not (unpacked / "lib" / "modules" / version).is_dir():
+            (unpacked / "lib").mkdir(exist_ok=True)
+            (unpacked / "usr" / "lib" / "modules").rename(unpacked / "lib" / "modules")
+        _run("kernel", [need("depmod"), "-b", str(unpacked), version])
+        shutil.rmtree(unpacked / "usr", ignore_errors=True)
+        (unpacked / "VERSION").write_text(version + "\n")
+        unpacked.rename(tree)
+
+
+def get() -> Kernel:
+    """Return the cached kernel; fetch it the first time."""
+    tree = CACHE / "kernel"
+    with locked("kernel"):
+        if not (tree / "VERSION").exists():
+            _fetch(tree)
+    kernel = Kernel((tree / "VERSION").read_text().strip(), tree)
+    if not os.access(kernel.image, os.R_OK):
+        raise LabError("kernel", f"{kernel.image} is not there or not readable: remove {tree}")
+    return kernel
