@@ -1,2 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyverbs cannot do, and what Python is too slow for."""
+"""The RDMA layer under rdma_mig.verbs: what pyverbs cannot do, and what Python is too slow for.
+
+pyverbs owns the context, protection domain, completion queue, queue pair, connection identifier
+and events. Here are registration, posting, polling and waiting, all without the GIL, and the
+calls of librdmacm that pyverbs lacks.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
+from libc.errno cimport EINTR, ENOMEM, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset, strerror
+from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
+
+from verbs cimport *
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long local_count,
+                             const iovec *remote, unsigned long remote_count,
+                             unsigned long flags)
+
+cdef extern from "<sys/socket.h>" nogil:
+    enum: AF_INET
+    enum: AF_INET6
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum: POLLIN
+    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *sigmask)
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() nogil
+
+QPS_INIT = IBV_QPS_INIT
+QPS_RTR = IBV_QPS_RTR
+QPS_RTS = IBV_QPS_RTS
+
+include "handles.pxi"
+include "connection_manager.pxi"
+include "memory_region.pxi"
+include "work_queue.pxi"
+include "write_queue.pxi"

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host names and ports to socket addresses in the form that librdmacm takes, and back."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+
+from rdma_mig.errors import HostError, MigrationTimeout
+from rdma_mig.waits import Cancel, Deadline
+
+__all__ = ["describe", "pack", "resolve", "unpack"]
+
+SockAddr = tuple[int, str, int]
+"""Address family, numeric address, port."""
+
+
+def pack(address: SockAddr) -> bytes:
+    """Return struct sockaddr_in or sockaddr_in6 (Linux layout) of a numeric address."""
+    family, host, port = address
+    if family == socket.AF_INET:
+        return struct.pack("=H", family) + struct.pack(">H", port) + socket.inet_aton(host) + bytes(8)
+    name, _, scope = host.partition("%")
+    index = socket.if_nametoindex(scope) if scope else 0
+    return (
+        struct.pack("=H", family)
+        + struct.pack(">HI", port, 0)
+        + socket.inet_pton(socket.AF_INET6, name)
+        + struct.pack("=I", index)
+    )
+
+
+def unpack(raw: bytes) -> SockAddr | None:
+    """Return what a struct sockaddr says; None for an empty one."""
+    if len(raw) < 16:
+        return None
+    (family,) = struct.unpack_from("=H", raw)
+    (port,) = struct.unpack_from(">H", raw, 2)
+    if family == socket.AF_INET:
+        return family, socket.inet_ntoa(raw[4:8]), port
+    return family, socket.inet_ntop(socket.AF_INET6, raw[8:24]), port
+
+
+def describe(raw: bytes) -> str:
+    """Return HOST:PORT or [HOST]:PORT of a struct sockaddr, for messages."""
+    address = unpack(raw)
+    if address is None:
+        return "an unknown address"
+    family, host, port = address
+    return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+
+
+def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[SockAddr]:
+    """Look a name up.
+
+    The resolver of the C library takes neither a limit nor a cancellation, so it runs in a thread
+    of its own, which is left behind when the caller cannot wait for it.
+
+    Raises:
+        HostError: the name does not resolve.
+        MigrationTimeout: it did not within the deadline.
+        MigrationCancelled: it was cancelled.
+    """
+    outcome: list[list[SockAddr] | OSError] = []
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            outcome.append([(int(f), str(a[0]), int(a[1])) for f, _, _, _, a in found])
+        except OSError as error:
+            outcome.append(error)
+
+    worker = threading.Thread(target=look_up, name="rdma-mig-resolver", daemon=True)
+    worker.start()
+    while worker.is_alive():
+        worker.join(0.05)
+        cancel.check(f"looking up {host}")
+        if deadline.passed and not outcome:
+            raise MigrationTimeout(
+                f"the name {host} was not resolved within {deadline.seconds:.0f} s",
+                remedy="check the resolver, or give a numeric address",
+            )
+    result = outcome[0]
+    if isinstance(result, OSError):
+        raise HostError(
+            f"the name {host} does not resolve: {result.strerror or result}",
+            remedy=f"check it with: getent hosts {host}",
+        )
+    return result

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One RDMA connection: its queue pair, its control buffers, its waits, and their end.
+
+The queue pair is one of our own and not rdma_cm's, for two reasons: it lives in a protection
+domain of its own, so that nothing else in the process shares its keys; and we move it to RTS
+ourselves, with a receiver-not-ready retry that waits for a peer which posts its receives late
+(QEMU asks for none, docs/protocol.md, Handshake).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import warnings
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rdma_mig.errors import MigrationCancelled, MigrationTimeout, PeerGone
+from rdma_mig.verbs import addresses
+from rdma_mig.verbs.host import explain_registration
+from rdma_mig.verbs.loading import load
+from rdma_mig.waits import Cancel, Deadline
+
+if TYPE_CHECKING:
+    from rdma_mig import _verbs
+    from rdma_mig.verbs.cm import EventChannel
+
+__all__ = ["Endpoint", "EndpointOptions", "Holder"]
+
+# ibv_wc_status values that say something about the peer (InfiniBand specification, 11.6.2).
+_STATUS_RETRY_EXCEEDED = 12
+_STATUS_RNR_RETRY_EXCEEDED = 13
+_STATUS_REMOTE_ACCESS = 10
+
+
+class Holder(Protocol):
+    """What keeps registered memory from being freed."""
+
+    def release(self) -> None:
+        """The memory is no longer registered."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """Sizes and limits of a connection.
+
+    Attributes:
+        slots: receive buffers posted.
+        slot_size: bytes of one; the largest message that can arrive.
+        depth: entries of the send queue.
+        connect_seconds: limit on resolving, connecting and accepting, together.
+        probe_seconds: silence after which a liveness probe is sent.
+        silence_seconds: how long a probe may go unanswered.
+    """
+
+    slots: int = 4
+    slot_size: int = 524288
+    depth: int = 512
+    connect_seconds: float = 10.0
+    probe_seconds: float = 3.0
+    silence_seconds: float = 12.0
+
+
+class Endpoint:
+    """A connection that ``rdma_mig.verbs.cm`` set up. Used from one thread; close() releases all.
+
+    Attributes:
+        peer: HOST:PORT of the other end, for messages.
+        local: HOST:PORT of this end.
+        device: name of the verbs device.
+        private_data: what the other end sent with its request or reply; padded by the transport.
+        queue: posts and waits without the GIL.
+    """
+
+    def __init__(
+        self, cmid: Any, events: EventChannel, cancel: Cancel, options: EndpointOptions
+    ) -> None:
+        """Take over a CMID that is bound to a device; build its queue pair, receives posted."""
+        from pyverbs.cq import CQ, CompChannel
+        from pyverbs.device import Context
+        from pyverbs.pd import PD
+        from pyverbs.qp import QP, QPCap, QPInitAttr
+
+        verbs = load()
+        self._verbs = verbs
+        self.cmid = cmid
+        self.events = events
+        self.cancel = cancel
+        self.options = options
+        self.disconnected = False
+        self.private_data = b""
+        self.peer = addresses.describe(verbs.peer_address(cmid))
+        self.local = addresses.describe(verbs.local_address(cmid))
+        self._connected = False
+        self._owns_events = False
+        self._regions: list[_verbs.MemoryRegion] = []
+        self._closing = contextlib.ExitStack()
+        self._closed = False
+        self._closing.callback(cmid.close)
+        try:
+            # One Context a CMID, no second: each of them believes that it owns the device.
+            if cmid.context is None:
+                Context(cmid=cmid)
+            context = cmid.context
+            self.device: str = cmid.dev_name or "?"
+            if isinstance(self.device, bytes):
+                self.device = self.device.decode()
+            self.max_message = verbs.max_message_size(context, verbs.port_number(cmid))
+            self._pd = PD(context)
+            self._closing.callback(self._pd.close)
+            channel = CompChannel(context)
+            self._closing.callback(channel.close)
+            entries = options.depth + options.slots + 1
+            cq = CQ(context, entries, None, channel, 0)
+            self._closing.callback(cq.close)
+            cap = QPCap(
+                max_send_wr=options.depth,
+                max_recv_wr=options.slots,
+                max_send_sge=1,
+                max_recv_sge=1,
+                max_inline_data=0,
+            )
+            self._qp = QP(self._pd, QPInitAttr(qp_type=2, scq=cq, rcq=cq, cap=cap, sq_sig_all=0))
+            self._closing.callback(self._qp.close)
+            self.qp_number: int = self._qp.qp_num
+            verbs.move_queue_pair(cmid, self._qp, verbs.QPS_INIT)
+            buffers = mmap.mmap(-1, (options.slots + 1) * options.slot_size)
+            self._closing.callback(_close_quietly, buffers)
+            region = self._register_buffers(buffers)
+            self.queue: _verbs.WorkQueue = verbs.WorkQueue(
+                self._qp,
+                cq,
+                cm_fd=events.fd,
+                cancel_fd=cancel.fileno(),
+                region=region,
+                slots=options.slots,
+                slot_size=options.slot_size,
+                depth=options.depth,
+                probe_ms=int(options.probe_seconds * 1000),
+                silence_ms=int(options.silence_seconds * 1000),
+            )
+            for slot in range(options.slots):
+                self.queue.post_receive(slot)
+        except BaseException:
+            self.close()
+            raise
+
+    def _register_buffers(self, buffers: mmap.mmap) -> _verbs.MemoryRegion:
+        import ctypes
+
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffers))
+        try:
+            region: _verbs.MemoryRegion = self._verbs.MemoryRegion(
+                self._pd, address, len(buffers), local_write=True
+            )
+        except OSError as error:
+            raise explain_registration(error, len(buffers), "control buffers") from error
+        self._closing.callback(region.close)
+        return region
+
+    # ---- connection ----
+
+    def ready_to_receive(self) -> None:
+        """Move the queue pair to RTR and RTS; the peer's parameters must have arrived."""
+        # INIT once more: before the connection is under way, the connection manager knows no
+        # access flags, and a queue pair without them answers a liveness probe with an error.
+        self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_INIT)
+        self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_RTR)
+        self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_RTS, 7)
+
+    def established(self) -> None:
+        """Both ends have agreed: from now on close() disconnects first."""
+        self._connected = True
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection is established, as far as this end knows."""
+        return self._connected
+
+    def owns_events(self) -> None:
+        """Close the event channel with the connection: nobody else uses it."""
+        self._owns_events = True
+
+    def note_disconnected(self) -> None:
+        """The peer, or the device, has ended the connection."""
+        self.disconnected = True
+
+    # ---- memory ----
+
+    def register(
+        self, address: int, length: int, *, what: str, remote_write: bool, holder: Holder | None
+    ) -> _verbs.MemoryRegion:
+        """Pin and register ``length`` bytes at ``address``; the endpoint closes it at the latest.
+
+        Raises:
+            HostError: the memory cannot be pinned; ``what`` names it in the message.
+        """
+        try:
+            region: _verbs.MemoryRegion = self._verbs.MemoryRegion(
+                self._pd, address, length, remote_write=remote_write, holder=holder
+            )
+        except OSError as error:
+            raise explain_registration(error, length, what) from error
+        self._regions.append(region)
+        return region
+
+    def deregister_all(self) -> None:
+        """Withdraw every key given out by register(): nobody else can change that memory now."""
+        while self._regions:
+            self._regions.pop().close()
+
+    # ---- waiting ----
+
+    def wait(self, what: int, doing: str, deadline: Deadline) -> None:
+        """Wait for the queue.
+
+        Args:
+            what: one of the Cython layer's WAIT_* constants.
+            doing: what is awaited, for messages ("READY from the destination").
+            deadline: limit of this wait.
+
+        Raises:
+            PeerGone, MigrationTimeout, MigrationCancelled: why it did not come.
+        """
+        while True:
+            outcome = self.queue.wait(what, deadline.ns)
+            if outcome == self._verbs.DONE:
+                return
+            if outcome == self._verbs.CM_EVENT:
+                self.events.dispatch()
+                if not self.disconnected:
+                    continue
+                # What arrived before the connection ended still counts.
+                if self.queue.wait(what, 1) == self._verbs.DONE:
+                    return
+            self._raise(outcome, doing, deadline)
+
+    def interrupted(self, outcome: int, doing: str, deadline: Deadline) -> None:
+        """Deal with a wait that a write met in the Cython layer; return when it can go on."""
+        if outcome == self._verbs.CM_EVENT:
+            self.events.dispatch()
+            if not self.disconnected:
+                return
+        self._raise(outcome, doing, deadline)
+
+    def _raise(self, outcome: int, doing: str, deadline: Deadline) -> None:
+        verbs = self._verbs
+        if outcome == verbs.CM_EVENT:
+            raise PeerGone(f"{self.peer} closed the connection; awaited was {doing}")
+        if outcome == verbs.CANCELLED:
+            raise MigrationCancelled(f"cancelled while waiting for {doing} ({self.peer})")
+        if outcome == verbs.TIMED_OUT:
+            raise MigrationTimeout(
+                f"no {doing} from {self.peer} within {deadline.seconds:.0f} s",
+                remedy="see what the other end does, or allow more with --timeout",
+            )
+        if outcome == verbs.SILENT:
+            raise PeerGone(
+                f"the host of {self.peer} has not answered for "
+                f"{self.options.silence_seconds:.0f} s; awaited was {doing}",
+                remedy="check the network between the hosts",
+            )
+        failure = self.queue.failure
+        assert failure is not None
+        kind, status, words, _vendor = failure
+        remedy = ""
+        if status == _STATUS_RETRY_EXCEEDED:
+            words += ": its host or process is gone"
+        elif status == _STATUS_RNR_RETRY_EXCEEDED:
+            words += ": it has no receive posted"
+        elif status == _STATUS_REMOTE_ACCESS:
+            remedy = "the other end withdrew its memory: see its messages"
+        raise PeerGone(
+            f"{kind} to {self.peer} failed: {words} (status {status}); awaited was {doing}",
+            remedy=remedy,
+        )
+
+    # ---- the end ----
+
+    def disconnect(self) -> None:
+        """Tell the peer that the connection ends. Idempotent, best effort."""
+        if not self._connected:
+            return
+        self._connected = False
+        # Both sides must call it, or the active side never sees the end; it fails only where
+        # the connection is over already.
+        with contextlib.suppress(Exception):
+            self.cmid.disconnect()
+
+    def wait_disconnected(self, seconds: float) -> bool:
+        """Give the peer time to disconnect; return whether it did. Cancellation ends it early."""
+        deadline = Deadline.after(seconds)
+        while not self.disconnected and not deadline.passed and not self.cancel.requested:
+            self.events.wait(deadline, self.cancel)
+            self.events.dispatch()
+        return self.disconnected
+
+    def close(self) -> None:
+        """Disconnect, stop the queue pair, then give back memory and objects. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.disconnect()
+        self.events.forget(self)
+        if hasattr(self, "_qp"):
+            # From here on the device touches neither our memory nor the peer's.
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                self._verbs.fail_queue_pair(self._qp)
+        self.deregister_all()
+        self._closing.close()
+        if self._owns_events:
+            self.events.close()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed Endpoint to {self.peer}", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+def _close_quietly(buffers: mmap.mmap) -> None:
+    # ctypes keeps an export of the map until the garbage collector has been there.
+    with contextlib.suppress(BufferError):
+        buffers.close()
