@@ -97,6 +97,11 @@ cdef extern from *:
         return sum;
     }
 
+    static int rm_reserve(int fd, off_t offset, off_t length)
+    {
+        return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length);
+    }
+
     static void rm_start_writeback(int fd, off_t offset, off_t length)
     {
         (void)sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE);
@@ -108,6 +113,7 @@ cdef extern from *:
     uint64_t rm_count(const uint64_t *w, uint64_t words) nogil
     void rm_touch_write(uint8_t *p, size_t n, size_t page) nogil
     unsigned rm_touch_read(const uint8_t *p, size_t n, size_t page) nogil
+    int rm_reserve(int fd, long offset, long length) nogil
     void rm_start_writeback(int fd, long offset, long length) nogil
     int MADV_POPULATE_WRITE
     int SEEK_DATA
@@ -284,6 +290,20 @@ cdef size_t _run(const uint8_t[::1] buf, size_t at, size_t step, size_t *start) 
     return at
 
 
+def data_bytes(const uint8_t[::1] buf not None, unit):
+    """How many bytes lie in units of ``unit`` bytes that are not wholly zero."""
+    cdef size_t step = _positive(unit, "unit"), at = 0, start = 0, end
+    cdef long total = 0
+    with nogil:
+        while True:
+            end = _run(buf, at, step, &start)
+            if end == 0:
+                break
+            total += <long>(end - start)
+            at = end
+    return total
+
+
 def allocate_data(int fd, const uint8_t[::1] buf not None, long offset, unit):
     """Have the file system set blocks aside for every unit of ``buf`` that is not wholly zero.
 
@@ -383,6 +403,20 @@ def read_data(int fd, uint8_t[::1] buf not None, long offset):
             if total < 0:
                 break
     return total
+
+
+def reserve_space(int fd, long offset, long length):
+    """Have the file system set blocks aside for this range, the file's size unchanged.
+
+    Returns 0 or a negative errno (``-EOPNOTSUPP`` where the file system cannot reserve).
+    """
+    cdef int result = 0
+    with nogil:
+        while rm_reserve(fd, offset, length) < 0:
+            if errno != EINTR:
+                result = -errno
+                break
+    return result
 
 
 def start_writeback(int fd, long offset, long length):

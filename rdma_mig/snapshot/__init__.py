@@ -1,1 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+"""A virtual machine on disk: a directory that is written whole or not at all, and checked."""
+
+from __future__ import annotations
+
+from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest
+from rdma_mig.snapshot.reader import Snapshot
+from rdma_mig.snapshot.writer import DEVICE_STATE_RESERVE, SnapshotWriter
+
+__all__ = [
+    "DEVICE_STATE_RESERVE",
+    "BlockRecord",
+    "FileRecord",
+    "Manifest",
+    "Snapshot",
+    "SnapshotWriter",
+]

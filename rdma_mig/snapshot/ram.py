@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RAM blocks on disk: files made, space set aside, data written and hashed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Generator
+from typing import Final
+
+import xxhash
+
+from rdma_mig import _pages
+from rdma_mig.errors import MigrationCancelled
+from rdma_mig.memory import (
+    TARGET_PAGE_SIZE,
+    GuestMemory,
+    RamBlock,
+    chunk_count,
+    chunk_of,
+    chunk_range,
+)
+from rdma_mig.snapshot import _fs
+from rdma_mig.snapshot.manifest import BlockRecord, digest_file, ram_file
+
+__all__ = [
+    "DIGEST_SIZE",
+    "WINDOW",
+    "Progress",
+    "Stop",
+    "create_block",
+    "data_bytes",
+    "digest_size",
+    "reserve_block",
+    "write_block",
+]
+
+DIGEST_SIZE: Final = 16
+"""Bytes of a chunk's digest (xxh3-128, big-endian)."""
+
+WINDOW: Final = 4096
+"""Chunks whose digests are read or written at once: 64 KiB of them for 4 GiB of RAM."""
+
+_WRITEBACK: Final = 64 << 20
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_REOPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Stop = Callable[[], bool] | None
+Progress = Callable[[int], None] | None
+
+
+def digest_size(block: RamBlock) -> int:
+    """Bytes of a block's digest file."""
+    return DIGEST_SIZE * chunk_count(block.length)
+
+
+def create_block(ram: int, index: int, block: RamBlock) -> None:
+    """Create a block's files in the directory ``ram``, of their final length, all holes."""
+    for name, size in ((ram_file(index), block.length), (digest_file(index), digest_size(block))):
+        with _fs.closing(os.open(name, _CREATE, 0o600, dir_fd=ram)) as fd:
+            os.ftruncate(fd, size)
+
+
+def reserve_block(ram: int, index: int, block: RamBlock, memory: GuestMemory, stop: Stop) -> int:
+    """Set disk space aside for a block's pages that are not zero, and for its digests.
+
+    Returns the bytes in such pages. OSError is the file system's; nothing is undone.
+    """
+    if block.length > memory.length:
+        raise ValueError(f"RAM block {block.idstr!r} is longer than its memory")
+    total = 0
+    with _fs.closing(os.open(digest_file(index), _REOPEN, dir_fd=ram)) as fd:
+        _fs.set_aside(fd, digest_size(block))
+    with (
+        _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd,
+        contextlib.closing(_chunks_with_data(block, memory)) as chunks,
+    ):
+        for _, start, part in chunks:
+            _check(stop, "setting disk space aside for", block)
+            total += _fs.checked(_pages.allocate_data(fd, part, start, TARGET_PAGE_SIZE))
+    return total
+
+
+def data_bytes(block: RamBlock, memory: GuestMemory, stop: Stop) -> int:
+    """Bytes in pages that are not zero."""
+    total = 0
+    with contextlib.closing(_chunks_with_data(block, memory)) as chunks:
+        for _, _, part in chunks:
+            _check(stop, "looking for data in", block)
+            total += _pages.data_bytes(part, TARGET_PAGE_SIZE)
+    return total
+
+
+def write_block(
+    ram: int,
+    index: int,
+    block: RamBlock,
+    memory: GuestMemory,
+    *,
+    stop: Stop,
+    progress: Progress,
+) -> BlockRecord:
+    """Write a block's pages that are not zero with the digests of its chunks, and fsync both."""
+    written = flushed = 0
+    with (
+        _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd,
+        _fs.closing(os.open(digest_file(index), _REOPEN, dir_fd=ram)) as digest_fd,
+        contextlib.closing(_chunks_with_data(block, memory)) as chunks,
+    ):
+        digests = _DigestList(digest_fd)
+        for chunk, start, part in chunks:
+            _check(stop, "writing to disk", block)
+            size = _fs.checked(_pages.write_data(fd, part, start, TARGET_PAGE_SIZE))
+            if not size:
+                continue
+            digests.put(chunk, xxhash.xxh3_128_digest(part))
+            written += size
+            if start - flushed >= _WRITEBACK:
+                # So that the disk works while we do, and the fsync has little left to wait for.
+                _pages.start_writeback(fd, flushed, start - flushed)
+                flushed = start
+            if progress is not None:
+                progress(size)
+        total = digests.finish(chunk_count(block.length))
+        os.fsync(fd)
+        os.fsync(digest_fd)
+    return BlockRecord(block, written, total)
+
+
+class _DigestList:
+    """Digests by chunk number, ascending; those left out are zero. Written a window at a time."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._whole = hashlib.sha256()
+        self._window = bytearray()
+        self._first = 0  # the chunk that the window begins with
+
+    def put(self, chunk: int, digest: bytes) -> None:
+        self._zeros_up_to(chunk)
+        self._window += digest
+
+    def finish(self, chunks: int) -> str:
+        self._zeros_up_to(chunks)
+        self._flush()
+        return self._whole.hexdigest()
+
+    def _zeros_up_to(self, chunk: int) -> None:
+        while chunk >= self._first + WINDOW:
+            self._window += bytes(DIGEST_SIZE * WINDOW - len(self._window))
+            self._flush()
+        self._window += bytes(DIGEST_SIZE * (chunk - self._first) - len(self._window))
+
+    def _flush(self) -> None:
+        self._whole.update(self._window)
+        if not _pages.is_zero(self._window):
+            _fs.write_all(self._fd, self._window, DIGEST_SIZE * self._first)
+        self._first += len(self._window) // DIGEST_SIZE
+        self._window.clear()
+
+
+def _chunks_with_data(
+    block: RamBlock, memory: GuestMemory
+) -> Generator[tuple[int, int, memoryview], None, None]:
+    """Chunks that have pages at all: number, offset, bytes. Holes of the memory stay holes.
+
+    To be closed when it is left early: it keeps a view of the memory.
+    """
+    with memory.view() as view:
+        at = memory.next_data(0)
+        while at is not None and at < block.length:
+            chunk = chunk_of(at)
+            start, size = chunk_range(chunk, block.length)
+            with view[start : start + size] as part:
+                yield chunk, start, part
+            at = memory.next_data(start + size)
+
+
+def _check(stop: Stop, doing: str, block: RamBlock) -> None:
+    if stop is not None and stop():
+        raise MigrationCancelled(f"{doing} RAM block {_fs.printable(block.idstr)} was cancelled")

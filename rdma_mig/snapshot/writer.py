@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a snapshot directory: beside its place first, whole and on disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from rdma_mig.errors import SnapshotError
+from rdma_mig.memory import GuestMemory, RamBlock
+from rdma_mig.snapshot import _fs
+from rdma_mig.snapshot.manifest import (
+    CONFIG,
+    DESCRIPTION,
+    DEVICE_STATE,
+    MANIFEST,
+    MAX_BLOCKS,
+    MAX_DEVICE_STATE,
+    MAX_HEAD,
+    RAM,
+    BlockRecord,
+    FileRecord,
+    Manifest,
+    ram_file,
+)
+from rdma_mig.snapshot.ram import (
+    create_block,
+    data_bytes,
+    digest_size,
+    reserve_block,
+    write_block,
+)
+
+__all__ = ["DEVICE_STATE_RESERVE", "SnapshotWriter"]
+
+DEVICE_STATE_RESERVE: Final = 64 << 20
+"""Bytes set aside for device state by default; that of a usual machine is below 1 MiB."""
+
+_DESCRIPTION_RESERVE: Final = 4 << 20
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Stop = Callable[[], bool] | None
+Progress = Callable[[int], None] | None
+
+
+class SnapshotWriter:
+    """Writes one snapshot directory.
+
+    Everything goes to ``DIR.partial-PID``, next to DIR, whose manifest file is locked while this
+    process works on it; the lock is what tells a partial at work from one that was left behind.
+    `commit` makes all of it durable and renames it, replacing nothing: at every moment DIR is
+    whole or absent (where the file system knows no RENAME_NOREPLACE, a crash within two calls can
+    leave DIR empty).
+
+    A context manager: an end without `commit` removes the partial, except that a failure is kept
+    as ``DIR.incomplete`` once `keep_on_failure` is set. Calls must come from one thread.
+
+    Args:
+        path: DIR; must not exist, while its parent must.
+
+    Attributes:
+        path: DIR, absolute.
+        stale: partial directories of earlier runs that did not finish. They are left alone.
+        keep_on_failure: set it once the copy at hand may be the only whole one; `commit` does.
+        kept_at: where `keep_incomplete` put the directory.
+
+    Raises:
+        SnapshotError: DIR exists, or its parent is missing or cannot be written to. Every method
+            raises it for every failure of the file system, naming the file and the remedy.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._parent = self._dir = self._manifest = self._state = -1
+        self._blocks: list[tuple[RamBlock, GuestMemory]] = []
+        self._records: dict[int, BlockRecord] = {}
+        self._config: FileRecord | None = None
+        self._description: FileRecord | None = None
+        self._state_size = 0
+        self._state_hash = hashlib.sha256()
+        self.keep_on_failure = False
+        self.kept_at: Path | None = None
+        self.path = Path(os.path.abspath(path))
+        self._partial = self.path
+        if not self.path.name:
+            raise SnapshotError(
+                f"{_fs.printable(self.path)} cannot be a snapshot directory",
+                remedy="name a directory that does not exist yet",
+            )
+        if os.path.lexists(self.path):
+            raise self._taken("already exists")
+        try:
+            self._create()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _taken(self, how: str) -> SnapshotError:
+        return SnapshotError(
+            f"{_fs.printable(self.path)} {how}",
+            remedy=f"choose another directory, or remove it: rm -r {_fs.printable(self.path)}",
+        )
+
+    def _create(self) -> None:
+        parent = self.path.parent
+        with _fs.failing("create", self.path):
+            self._parent = _fs.open_directory(parent, follow=True)
+        with _parent_lock(self._parent):
+            self.stale = self._find_stale()
+            base = f"{self.path.name}.partial-{os.getpid()}"
+            with _fs.failing("create", parent / base):
+                self._partial = parent / self._make_directory(base)
+            with _fs.failing("create", self._partial / MANIFEST):
+                self._dir = _fs.open_directory(self._partial.name, self._parent)
+                self._manifest = os.open(MANIFEST, _CREATE, 0o600, dir_fd=self._dir)
+                fcntl.flock(self._manifest, fcntl.LOCK_EX)
+        with _fs.failing("create", self._partial / DEVICE_STATE):
+            self._state = os.open(DEVICE_STATE, _CREATE, 0o600, dir_fd=self._dir)
+        with _fs.failing("create", self._partial / RAM):
+            os.mkdir(RAM, 0o700, dir_fd=self._dir)
+
+    def _make_directory(self, base: str) -> str:
+        # The PID may have served an earlier run, or another PID namespace.
+        for attempt in range(1000):
+            name = f"{base}.{attempt}" if attempt else base
+            try:
+                os.mkdir(name, 0o700, dir_fd=self._parent)
+            except FileExistsError:
+                continue
+            return name
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    def _find_stale(self) -> list[Path]:
+        with _fs.failing("list", self.path.parent):
+            names = sorted(os.listdir(self._parent))
+        prefix = f"{self.path.name}.partial-"
+        return [
+            self.path.parent / name
+            for name in names
+            if name.startswith(prefix) and _abandoned(self._parent, name)
+        ]
+
+    # -- room ------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        blocks: Sequence[tuple[RamBlock, GuestMemory]],
+        device_state: int = DEVICE_STATE_RESERVE,
+        should_stop: Stop = None,
+    ) -> int:
+        """Make sure that the disk will hold this RAM as it is now, and the device state to come.
+
+        Blocks of the file system are set aside for every page of 4 KiB that is not zero, for the
+        digests, the manifest, and ``device_state`` bytes; writing them cannot run out of space
+        afterwards. A file system that cannot reserve (NFS before 4.2, ramfs) is only asked how
+        much is free now.
+
+        Args:
+            blocks: RAM blocks in stream order with their memory, which must not change any more.
+                It is read, and used again by `write_ram`.
+            device_state: bytes to keep free for `append_device_state`.
+            should_stop: asked every MiB of data; true ends it with `MigrationCancelled`.
+
+        Returns:
+            Bytes of RAM in pages that are not zero.
+        """
+        if self._blocks:
+            raise RuntimeError("space was set aside already")
+        if not 1 <= len(blocks) <= MAX_BLOCKS:
+            raise SnapshotError(
+                f"a snapshot holds 1 to {MAX_BLOCKS} RAM blocks, not {len(blocks)}",
+                remedy="this machine cannot be kept as a snapshot",
+            )
+        self._blocks = list(blocks)
+        with _fs.failing("create", self._partial / RAM):
+            before = os.fstatvfs(self._parent)
+            with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
+                for index, (block, _) in enumerate(blocks):
+                    create_block(ram, index, block)
+        free = before.f_bavail * before.f_frsize
+        manifest = 65536 + 4096 * len(blocks)
+        where = self._partial
+        try:
+            total = 0
+            with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
+                for index, (block, memory) in enumerate(blocks):
+                    where = self._partial / RAM / ram_file(index)
+                    total += reserve_block(ram, index, block, memory, should_stop)
+            where = self._partial / DEVICE_STATE
+            _fs.set_aside(self._state, device_state)
+            where = self._partial / MANIFEST
+            _fs.set_aside(self._manifest, manifest)
+            where = self._partial / DESCRIPTION
+            with _fs.closing(os.open(DESCRIPTION, _CREATE, 0o600, dir_fd=self._dir)) as fd:
+                _fs.set_aside(fd, _DESCRIPTION_RESERVE)
+        except OSError as error:
+            code = error.errno
+            if code not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise _fs.failure(error, "set space aside for", where) from error
+            total = sum(data_bytes(block, memory, should_stop) for block, memory in blocks)
+            digests = sum(digest_size(block) for block, _ in blocks)
+            need = total + digests + device_state + _DESCRIPTION_RESERVE + manifest
+            # A file system that counts no blocks at all (ramfs) is not a full one.
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS) and (need <= free or not before.f_blocks):
+                return total
+            raise self._no_space(code, need, free) from error
+        return total
+
+    def _no_space(self, code: int | None, need: int, free: int) -> SnapshotError:
+        mount = _fs.printable(_fs.mount_point(self.path.parent))
+        why = "the quota is used up" if code == errno.EDQUOT else f"{_fs.human(free)} are free"
+        return SnapshotError(
+            f"{_fs.printable(self.path)} needs {_fs.human(need)} for RAM and device state on the "
+            f"file system mounted at {mount}, and {why}",
+            remedy="free space there, or choose a directory elsewhere",
+        )
+
+    # -- contents --------------------------------------------------------------------------------
+
+    def write_config(self, raw: bytes) -> None:
+        """Keep the stream's head: everything before the RAM section, verbatim."""
+        if len(raw) > MAX_HEAD:
+            raise SnapshotError(
+                f"the head of the stream has {len(raw)} bytes, a snapshot takes {MAX_HEAD}",
+                remedy="this stream cannot be kept as a snapshot",
+            )
+        self._config = self._write_file(CONFIG, raw)
+
+    def set_description(self, raw: bytes) -> None:
+        """Keep the JSON text of the stream's description, verbatim."""
+        self._description = self._write_file(DESCRIPTION, raw)
+
+    def _write_file(self, name: str, raw: bytes) -> FileRecord:
+        with _fs.failing("write", self._partial / name):
+            fd = os.open(name, _CREATE & ~os.O_EXCL, 0o600, dir_fd=self._dir)
+            with _fs.closing(fd):
+                _fs.write_all(fd, raw, 0)
+                os.ftruncate(fd, len(raw))
+                os.fsync(fd)
+        return FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
+
+    def append_device_state(self, data: bytes | bytearray | memoryview) -> None:
+        """Add what came after the RAM section's end; at most 1 GiB in all."""
+        if self._state_size + len(data) > MAX_DEVICE_STATE:
+            raise SnapshotError(
+                f"the source sent more than {_fs.human(MAX_DEVICE_STATE)} of device state",
+                remedy="this machine cannot be kept as a snapshot",
+            )
+        with _fs.failing("write", self._partial / DEVICE_STATE):
+            _fs.write_all(self._state, data, self._state_size)
+        self._state_hash.update(data)
+        self._state_size += len(data)
+
+    def write_ram(self, index: int, should_stop: Stop = None, progress: Progress = None) -> int:
+        """Write a reserved block's pages that are not zero, with their digests, and fsync it.
+
+        Straight from guest memory to the file; a chunk is read for its digest while it is in the
+        processor's cache.
+
+        Args:
+            index: the block's, in the order of `reserve`.
+            should_stop: asked every MiB of data; true ends it with `MigrationCancelled`.
+            progress: called every MiB of data with the bytes written since the last call.
+
+        Returns:
+            Bytes written.
+        """
+        block, memory = self._blocks[index]
+        with (
+            _fs.failing("write", self._partial / RAM / ram_file(index)),
+            _fs.closing(_fs.open_directory(RAM, self._dir)) as ram,
+        ):
+            record = write_block(ram, index, block, memory, stop=should_stop, progress=progress)
+        self._records[index] = record
+        return record.data_bytes
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        *,
+        machine: str,
+        ram_section_id: int,
+        footers: bool,
+        eof_offset: int,
+        page_bits: int = 12,
+    ) -> Path:
+        """Make the snapshot durable and give it its name.
+
+        Args:
+            machine: the machine type of the configuration section.
+            ram_section_id: RAM's section id in the stream.
+            footers: whether the stream's sections end in footers.
+            eof_offset: offset in the device state right after its EOF byte.
+            page_bits: log2 of the target page size.
+
+        Returns:
+            DIR.
+
+        Raises:
+            SnapshotError: the snapshot could not be completed or named. Nothing is deleted: it is
+                kept as ``DIR.incomplete``, which the message says.
+        """
+        self.keep_on_failure = True
+        if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
+            raise RuntimeError("commit before the config and all RAM blocks were written")
+        manifest = Manifest(
+            machine=machine,
+            ram_section_id=ram_section_id,
+            footers=footers,
+            page_bits=page_bits,
+            blocks=tuple(self._records[index] for index in range(len(self._blocks))),
+            config=self._config,
+            device_state=FileRecord(self._state_size, self._state_hash.hexdigest()),
+            eof_offset=eof_offset,
+            description=self._description,
+        )
+        try:
+            self._finish(manifest)
+        except SnapshotError as error:
+            kept = self.keep_incomplete()
+            error.message += f"; everything received is kept in {_fs.printable(kept)}"
+            error.args = (error.message,)
+            raise
+        # Its name is final, whatever becomes of the next call.
+        self._close()
+        return self.path
+
+    def _finish(self, manifest: Manifest) -> None:
+        raw = manifest.encode()
+        # What this version cannot read again must not be named a snapshot.
+        Manifest.decode(raw, _fs.printable(self._partial / MANIFEST))
+        with _fs.failing("write", self._partial):
+            os.ftruncate(self._state, self._state_size)
+            os.fsync(self._state)
+            if self._description is None:
+                self._forget_description()
+            _fs.write_all(self._manifest, raw, 0)
+            os.ftruncate(self._manifest, len(raw))
+            os.fsync(self._manifest)
+            _fs.fsync_dir(RAM, self._dir)
+            os.fsync(self._dir)
+        try:
+            _fs.rename_noreplace(self._parent, self._partial.name, self.path.name)
+        except FileExistsError:
+            raise self._taken("came into existence while the snapshot was written") from None
+        except OSError as error:
+            raise _fs.failure(error, f"rename {self._partial.name} to", self.path) from error
+        try:
+            os.fsync(self._parent)
+        except OSError as error:
+            self._close()
+            self.kept_at = self.path
+            raise _fs.failure(error, "make durable the new name", self.path) from error
+
+    def _forget_description(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(DESCRIPTION, dir_fd=self._dir)
+
+    def keep_incomplete(self) -> Path:
+        """Keep what there is as ``DIR.incomplete`` (``.N`` added when that is taken).
+
+        For a failure after which the copy at hand matters. It raises nothing: where even the
+        rename fails, the directory stays under the name it has.
+
+        Returns:
+            Where it is.
+        """
+        if self._dir < 0:
+            return self.kept_at or self._partial
+        self.kept_at = self._partial
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._state, self._state_size)
+            if self._description is None:
+                self._forget_description()
+            if not os.fstat(self._manifest).st_size:
+                os.unlink(MANIFEST, dir_fd=self._dir)
+            os.fsync(self._state)
+            os.fsync(self._dir)
+        for attempt in range(1000):
+            name = f"{self.path.name}.incomplete" + (f".{attempt}" if attempt else "")
+            try:
+                _fs.rename_noreplace(self._parent, self._partial.name, name)
+            except FileExistsError:
+                continue
+            except OSError:
+                break
+            self.kept_at = self.path.parent / name
+            break
+        with contextlib.suppress(OSError):
+            os.fsync(self._parent)
+        self._close()
+        return self.kept_at
+
+    def abandon(self) -> None:
+        """Remove what was written so far; after `commit` or `keep_incomplete` it does nothing."""
+        if self._partial != self.path and self._parent >= 0 and self.kept_at is None:
+            # The lock is held until all is gone: nobody takes it for a partial that was left.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self._partial.name, dir_fd=self._parent)
+        self._close()
+
+    def _close(self) -> None:
+        for name in ("_state", "_manifest", "_dir", "_parent"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None and self.keep_on_failure:
+            self.keep_incomplete()
+        else:
+            self.abandon()
+
+    def __del__(self) -> None:
+        if getattr(self, "_parent", -1) >= 0:
+            warnings.warn(
+                f"unclosed snapshot writer for {self.path}",
+                ResourceWarning,
+                stacklevel=1,
+                source=self,
+            )
+            self._close()
+
+
+# -- file system -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _parent_lock(parent: int) -> Iterator[None]:
+    """Keep other writers from looking at a partial between its mkdir and its lock.
+
+    Best effort, and for a second at most: NFS locks no directories, and a directory that anyone
+    can read anyone can lock.
+    """
+    for _ in range(100):
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            break
+        else:
+            break
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(parent, fcntl.LOCK_UN)
+
+
+def _abandoned(parent: int, name: str) -> bool:
+    """Whether nobody works on the partial directory any more."""
+    try:
+        with (
+            _fs.closing(_fs.open_directory(name, parent)) as directory,
+            _fs.closing(_fs.open_file(MANIFEST, directory)) as fd,
+        ):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # locked, or not ours to judge
+    return True
