@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from rdma_mig.snapshot._fs import human, printable
 from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest
 from rdma_mig.snapshot.reader import Snapshot
 from rdma_mig.snapshot.writer import DEVICE_STATE_RESERVE, SnapshotWriter
@@ -14,4 +15,6 @@ __all__ = [
     "Manifest",
     "Snapshot",
     "SnapshotWriter",
+    "human",
+    "printable",
 ]
