@@ -50,64 +50,69 @@ class RdmaAddress:
         Raises:
             UsageError: with the remedy.
         """
+        shown = f"{uri[:100]!r}"
         scheme, colon, rest = uri.partition(":")
         if not colon or scheme != "rdma":
-            got = f"scheme {scheme!r}" if colon else "no scheme"
-            raise UsageError(f"{uri!r} has {got}, allowed is rdma", remedy=_EXAMPLE)
+            got = f"scheme {scheme[:32]!r}" if colon else "no scheme"
+            raise UsageError(f"{shown} has {got}, allowed is rdma", remedy=_EXAMPLE)
         address, *options = rest.split(",")
         for option in options:
             if option.partition("=")[0] not in _IGNORED_OPTIONS:
-                raise UsageError(f"{uri!r} has unknown option {option!r}", remedy="leave it out")
-        host, port_text = _split(uri, address)
-        port = _port(uri, port_text, listening=listening)
+                raise UsageError(
+                    f"{shown} has unknown option {option[:32]!r}", remedy="leave it out"
+                )
+        host, port_text = _split(shown, address)
+        port = _port(shown, port_text, listening=listening)
         if not host:
             remedy = "to listen everywhere write 0.0.0.0 or [::]" if listening else "name the host"
-            raise UsageError(f"{uri!r} has an empty host", remedy=remedy)
+            raise UsageError(f"{shown} has an empty host", remedy=remedy)
         return cls(host, port)
 
 
-def _split(uri: str, address: str) -> tuple[str, str]:
+def _split(shown: str, address: str) -> tuple[str, str]:
     """Split ``HOST:PORT`` and check the host's form (an empty one is left to the caller)."""
     if address.startswith("["):
         host, bracket, rest = address[1:].partition("]")
         if not bracket:
-            raise UsageError(f"{uri!r} lacks the bracket that closes the host", remedy=_EXAMPLE)
+            raise UsageError(f"{shown} lacks the bracket that closes the host", remedy=_EXAMPLE)
         if host:
-            _check_ipv6(uri, host)
+            _check_ipv6(shown, host)
         if not rest.startswith(":"):
-            raise UsageError(f"{uri!r} has no port", remedy=_EXAMPLE)
+            raise UsageError(f"{shown} has no port", remedy=_EXAMPLE)
         return host, rest[1:]
     host, colon, port = address.rpartition(":")
     if not colon:
-        raise UsageError(f"{uri!r} has no port", remedy=_EXAMPLE)
+        raise UsageError(f"{shown} has no port", remedy=_EXAMPLE)
     if ":" in host:
         raise UsageError(
-            f"{uri!r} has more than one colon behind the scheme",
+            f"{shown} has more than one colon behind the scheme",
             remedy="put an IPv6 address in brackets: rdma:[2001:db8::1]:4444",
         )
     if not host.isprintable() or any(char in " /@[]\\\"'" for char in host):
-        raise UsageError(f"{uri!r} has host {host!r}, which is no name or address", remedy=_EXAMPLE)
+        raise UsageError(
+            f"{shown} has host {host[:64]!r}, which is no name or address", remedy=_EXAMPLE
+        )
     return host, port
 
 
-def _check_ipv6(uri: str, host: str) -> None:
+def _check_ipv6(shown: str, host: str) -> None:
     try:
         ipaddress.IPv6Address(host)
     except ValueError:
         raise UsageError(
-            f"{uri!r} has {host!r} in brackets, which is no IPv6 address", remedy=_EXAMPLE
+            f"{shown} has {host[:64]!r} in brackets, which is no IPv6 address", remedy=_EXAMPLE
         ) from None
 
 
-def _port(uri: str, text: str, *, listening: bool) -> int:
+def _port(shown: str, text: str, *, listening: bool) -> int:
     if not text:
-        raise UsageError(f"{uri!r} has no port", remedy=_EXAMPLE)
+        raise UsageError(f"{shown} has no port", remedy=_EXAMPLE)
     # Five digits at most, so that no long number reaches int().
     port = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else -1
     lowest = 0 if listening else 1
     if not lowest <= port <= 65535:
         raise UsageError(
-            f"{uri!r} has port {text[:32]!r}, allowed are {lowest} to 65535",
+            f"{shown} has port {text[:32]!r}, allowed are {lowest} to 65535",
             remedy="a port of 0 is for listening only" if port == 0 else _EXAMPLE,
         )
     return port

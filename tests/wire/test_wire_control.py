@@ -78,9 +78,9 @@ def test_round_trip_whatever_the_padding(message, padding):
     data = message.encode()
     assert data == raw(message.type, message.payload, message.repeat)
     assert ControlMessage.decode(data) == message
-    assert ControlMessage.decode(memoryview(data[:12] + struct.pack(">I", padding) + data[16:])) == (
-        message
-    )
+    assert ControlMessage.decode(
+        memoryview(data[:12] + struct.pack(">I", padding) + data[16:])
+    ) == (message)
 
 
 @given(MESSAGES, st.data())

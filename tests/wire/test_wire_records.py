@@ -170,11 +170,11 @@ def test_result_lists(records, cut):
 @pytest.mark.parametrize(
     ("record", "chunks"),
     [
-        (RegisterRecord(0, 0, 0), range(0, 1)),
-        (RegisterRecord(CHUNK_SIZE - 1, 0, 0), range(0, 1)),
+        (RegisterRecord(0, 0, 0), range(1)),
+        (RegisterRecord(CHUNK_SIZE - 1, 0, 0), range(1)),
         (RegisterRecord(CHUNK_SIZE, 0, 2), range(1, 4)),
-        (RegisterRecord(0, 0, 3), range(0, 4)),
-        (RegisterRecord(0x10000000, 1, 1), range(0, 2)),
+        (RegisterRecord(0, 0, 3), range(4)),
+        (RegisterRecord(0x10000000, 1, 1), range(2)),
         (RegisterRecord(0x10000000 + CHUNK_SIZE + 4095, 1, 0), range(1, 2)),
     ],
 )
@@ -202,7 +202,7 @@ def test_register_outside_the_blocks(record, match):
 
 def test_unregister_names_chunks():
     assert check_unregister(RegisterRecord(3, 0, 0), BLOCKS) == range(3, 4)
-    assert check_unregister(RegisterRecord(0, 1, 1), BLOCKS) == range(0, 2)
+    assert check_unregister(RegisterRecord(0, 1, 1), BLOCKS) == range(2)
     for record in (
         RegisterRecord(4, 0, 0),
         RegisterRecord(3, 0, 1),
