@@ -9,14 +9,14 @@ processor could see them (firmware tables, shadowed ROMs, a display's memory bef
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.guest import PAGE_SIZE, Buffer
+from harness.files import Buffer, FileBytes
+from harness.guest import PAGE_SIZE
 from harness.qemu import HarnessError, Qemu, RamBlockInfo
 
 # Small enough for malloc to take it from its heap again and again: mapping and first touching a
@@ -138,10 +138,9 @@ def snapshot_blocks(directory: Path) -> dict[str, Buffer]:
     manifest = json.loads((directory / "manifest.json").read_text())
     blocks: dict[str, Buffer] = {}
     for block in manifest["blocks"]:
-        with (directory / block["file"]).open("rb") as file:
-            blocks[block["name"]] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(blocks[block["name"]]) != block["length"]:
-            raise HarnessError(f"{block['file']} has not the {block['length']} bytes of {block}")
+        blocks[block["name"]] = data = FileBytes(directory / block["file"])
+        if len(data) != block["length"]:
+            raise HarnessError(f"{block['file']} has {len(data)} bytes, {block} in the manifest")
     return blocks
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 import struct
 import subprocess
@@ -13,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-#: What guest RAM can be handed over as.
-Buffer = bytes | bytearray | memoryview | mmap.mmap
+from harness.files import Buffer
 
 PAGE_SIZE = 4096
 SECTOR_SIZE = 512
@@ -22,6 +20,8 @@ SECTOR_SIZE = 512
 LOAD_ADDRESS = 0x7C00
 #: Timer ticks a second: the PC's 1193182 Hz over 65536.
 TICKS_PER_SECOND = 18.2
+
+_STEP = 64 << 10
 
 _SOURCE = Path(__file__).with_name("guest") / "boot.S"
 _PARAMETERS_AT = 0x1D0
@@ -132,10 +132,12 @@ def check_counters(memory: Buffer, start: int, pages: int) -> Counters:
         ValueError: when ``memory`` does not hold that many pages.
     """
     end = start + pages * PAGE_SIZE
-    if pages < 1 or start < 0 or end > memoryview(memory).nbytes:
-        raise ValueError(f"no {pages} pages at {start:#x} in {memoryview(memory).nbytes} bytes")
-    view = memoryview(memory).cast("B")[start:end]
-    counters = view.cast("I")[:: PAGE_SIZE // 4].tolist()
+    if pages < 1 or start < 0 or end > len(memory):
+        raise ValueError(f"no {pages} pages at {start:#x} in {len(memory)} bytes")
+    counters: list[int] = []
+    for offset in range(start, end, _STEP):
+        words = memoryview(memory[offset : min(offset + _STEP, end)]).cast("I")
+        counters += words[:: PAGE_SIZE // words.itemsize].tolist()
     passes = counters[-1]
     # The first page that the pass under way has not reached; they all agree between two passes.
     cursor = next((i for i, counter in enumerate(counters) if counter != passes + 1), pages)
@@ -155,10 +157,10 @@ def guest_counters(memory: Buffer, guest: Guest) -> Counters:
     ``memory`` is guest RAM from guest-physical address 0. Of an idle guest, which has no pages,
     the variable is all that there is.
     """
-    raw = memoryview(memory).cast("B")[LOAD_ADDRESS : LOAD_ADDRESS + SECTOR_SIZE]
+    raw = bytes(memory[LOAD_ADDRESS : LOAD_ADDRESS + SECTOR_SIZE])
     magic, start, pages, _ = _PARAMETERS.unpack_from(raw, _PARAMETERS_AT)
     if (magic, start, pages) != (_MAGIC, guest.start, guest.pages):
-        raise CounterError(f"the boot sector in RAM is not that of {guest}: {bytes(raw[-64:])!r}")
+        raise CounterError(f"in RAM is not the boot sector of {guest}: {raw[_PARAMETERS_AT:]!r}")
     (begun,) = struct.unpack_from("<I", raw, _PASSES_AT)
     if not guest.pages:
         return Counters(begun, 0)

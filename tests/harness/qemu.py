@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import re
 import shlex
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
+from harness.files import FileBytes
 from harness.guest import Guest, heartbeats_in
 
 _T = TypeVar("_T")
@@ -397,10 +397,9 @@ class Qemu:
 
     # What is in its memory
 
-    def memory(self) -> mmap.mmap:
-        """Guest RAM, read-only and live: what it holds is still only while the guest is."""
-        with self.memory_path.open("rb") as memory:
-            return mmap.mmap(memory.fileno(), 0, access=mmap.ACCESS_READ)
+    def memory(self) -> FileBytes:
+        """Guest RAM, live: what it holds is still only while the guest is."""
+        return FileBytes(self.memory_path)
 
     def pmemsave(self, address: int, size: int) -> bytes:
         """Read guest-physical memory as the guest's processor would see it."""

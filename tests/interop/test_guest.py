@@ -219,7 +219,7 @@ def test_guest_paused_with_random_ram_keeps_it(tmp_path):
         assert differences(here, there) == []
         with dest.memory_path.open("r+b") as memory:
             memory.seek(12345)
-            memory.write(bytes([there["pc.ram"][12345] ^ 0x10]))
+            memory.write(bytes([there["pc.ram"][12345:12346][0] ^ 0x10]))
         assert [line.split(":")[0] for line in differences(here, there)] == ["pc.ram"]
 
 
