@@ -165,6 +165,7 @@ class GuestMemory:
             HostError: there is not enough memory; what was allocated so far stays until close.
             MigrationCancelled: ``should_stop`` said so.
         """
+        self._mapped()
         if step <= 0 or step % mmap.PAGESIZE:
             raise ValueError(f"step {step} is not a multiple of the page size")
         missing = self.length - os.fstat(self.fd).st_blocks * 512
