@@ -212,6 +212,10 @@ cdef class WorkQueue:
     def outstanding_writes(self) -> int:
         return self.writes_outstanding
 
+    @property
+    def outstanding_sends(self) -> int:
+        return self.sends_outstanding
+
     # ---- waiting ----
 
     cdef int poll_completions(self) noexcept nogil:

@@ -20,7 +20,9 @@ def pack(address: SockAddr) -> bytes:
     """Return struct sockaddr_in or sockaddr_in6 (Linux layout) of a numeric address."""
     family, host, port = address
     if family == socket.AF_INET:
-        return struct.pack("=H", family) + struct.pack(">H", port) + socket.inet_aton(host) + bytes(8)
+        return (
+            struct.pack("=H", family) + struct.pack(">H", port) + socket.inet_aton(host) + bytes(8)
+        )
     name, _, scope = host.partition("%")
     index = socket.if_nametoindex(scope) if scope else 0
     return (

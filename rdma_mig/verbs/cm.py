@@ -244,9 +244,7 @@ class Listener:
             self.close()
             raise
 
-    def accept(
-        self, answer: Callable[[bytes, str], bytes], deadline: Deadline
-    ) -> Endpoint:
+    def accept(self, answer: Callable[[bytes, str], bytes], deadline: Deadline) -> Endpoint:
         """Wait for a client and accept it.
 
         Args:
@@ -448,4 +446,3 @@ def _connect_to(
             cmid.close()
         elif not endpoint.is_connected:
             endpoint.close()
-

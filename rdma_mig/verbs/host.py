@@ -37,7 +37,7 @@ def _require_access(path: Path, missing_remedy: str) -> None:
     except PermissionError:
         raise HostError(
             f"{path} may not be opened by user {os.getuid()}",
-            remedy=f"chmod 0666 {path} (udev rule: KERNEL==\"{path.name}\", MODE=\"0666\"), or run "
+            remedy=f'chmod 0666 {path} (udev rule: KERNEL=="{path.name}", MODE="0666"), or run '
             "as a user who may open it",
         ) from None
     except OSError as error:
@@ -85,9 +85,7 @@ def require_rdma() -> None:
         path = _uverbs(name)
         try:
             if path is None:
-                raise HostError(
-                    f"device {name} has no file in {_DEV}", remedy="modprobe ib_uverbs"
-                )
+                raise HostError(f"device {name} has no file in {_DEV}", remedy="modprobe ib_uverbs")
             _require_access(path, "modprobe ib_uverbs")
         except HostError as error:
             failure = error

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rdma-migrate incoming``: be the destination of a migration, keep it as a snapshot."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rdma_mig.cli.options import add_common, seconds
+
+__all__ = ["add_parser", "run"]
+
+_DESCRIPTION = """\
+Be the destination of one migration, from a QEMU or from rdma-migrate outgoing, and keep the
+virtual machine in a directory.
+
+In QEMU, at the source:
+  migrate_set_capability rdma-pin-all on
+  migrate -d rdma:HOST:PORT
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to an argparse sub-parsers object."""
+    parser = commands.add_parser(
+        "incoming",
+        help="receive a virtual machine from a QEMU into a snapshot directory",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "uri",
+        metavar="rdma:HOST:PORT",
+        help="where to listen; port 0 takes a free one, host 0.0.0.0 or [::] every address",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="snapshot directory to make; it must not exist",
+    )
+    parser.add_argument(
+        "--ready-fd",
+        type=int,
+        metavar="N",
+        help="write the address to this descriptor when a source can connect, and close it",
+    )
+    parser.add_argument(
+        "--accept-timeout",
+        type=seconds,
+        metavar="SECONDS",
+        help="how long to wait for a source; for ever by default",
+    )
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Receive one migration.
+
+    Raises:
+        MigrationError: it failed; the exit status is the error's.
+    """
+    from rdma_mig.cli.reporting import Reporter, drive
+    from rdma_mig.migration.rdma import RdmaOptions, rdma_start_incoming_migration
+    from rdma_mig.migration.receive import SnapshotDestination
+    from rdma_mig.migration.state import Migration
+    from rdma_mig.wire.address import RdmaAddress
+
+    # Before anything is made on disk: what is wrong with the command line itself.
+    RdmaAddress.parse(args.uri, listening=True)
+    reporter = Reporter(
+        as_json=args.json, quiet=args.quiet, verbose=args.verbose, ready_fd=args.ready_fd
+    )
+    with Migration(reporter) as migration:
+
+        def start() -> None:
+            rdma_start_incoming_migration(
+                args.uri,
+                migration=migration,
+                process=destination.process,
+                options=RdmaOptions(
+                    total_seconds=args.timeout,
+                    stall_seconds=args.stall_timeout,
+                    accept_seconds=args.accept_timeout,
+                ),
+            )
+
+        destination = SnapshotDestination(args.output)
+        try:
+            for left in destination.writer.stale:
+                reporter.warn(
+                    f"{left} is left from a run that did not finish; remove it: rm -r {left}"
+                )
+            return drive(migration, reporter, start)
+        finally:
+            migration.close()
+            destination.close()

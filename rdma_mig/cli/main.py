@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rdma-migrate``: parses the command line, runs one sub-command, turns errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rdma_mig import __version__
+from rdma_mig.cli import incoming, inspect, outgoing
+from rdma_mig.errors import ExitStatus, MigrationError
+
+__all__ = ["main"]
+
+_EPILOG = """\
+exit status:
+  0  done                          3  this host cannot (the message names the remedy)
+  1  failed                        4  the peer broke the protocol
+  2  wrong usage                   5  timed out or cancelled
+
+environment:
+  RDMA_MIG_DEBUG=1  print a traceback with each error
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, in one line: the usage of every option does not help who mistyped one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitStatus.USAGE, f"rdma-migrate: {message}; see {self.prog} --help\n")
+
+
+def _built(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version_text() -> str:
+    """Return what ``--version`` prints: the version, and what of it can be used here."""
+    layer = "with" if _built("rdma_mig._verbs") else "without"
+    pyverbs = "found" if _built("pyverbs") else "not found"
+    return f"rdma-migrate {__version__} ({layer} RDMA layer, pyverbs {pyverbs})"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(
+        prog="rdma-migrate",
+        description="Live migration of virtual machines over RDMA, wire compatible with QEMU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version_text())
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    incoming.add_parser(commands)
+    outgoing.add_parser(commands)
+    inspect.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except MigrationError as error:
+        if os.environ.get("RDMA_MIG_DEBUG"):
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        print(f"rdma-migrate: {message}", file=sys.stderr)
+        return int(error.exit_status)
+    except KeyboardInterrupt:
+        print("rdma-migrate: interrupted", file=sys.stderr)
+        return int(ExitStatus.TIMED_OUT_OR_CANCELLED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitStatus.FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rdma-migrate outgoing``: be the source of a migration, from a snapshot directory."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rdma_mig.cli.options import add_common
+
+__all__ = ["add_parser", "run"]
+
+_DESCRIPTION = """\
+Send the virtual machine in a snapshot directory to a destination: a QEMU that was started with
+the same machine, memory size and devices and with -incoming rdma:HOST:PORT, or rdma-migrate
+incoming. The snapshot stays as it is.
+
+Exit status 0 means that the destination was seen to have loaded all device state.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to an argparse sub-parsers object."""
+    parser = commands.add_parser(
+        "outgoing",
+        help="send the virtual machine in a snapshot directory to a QEMU",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR", help="snapshot directory")
+    parser.add_argument("uri", metavar="rdma:HOST:PORT", help="where the destination listens")
+    parser.add_argument(
+        "--rdma-pin-all",
+        action="store_true",
+        help="register all RAM at both ends at the start (QEMU's capability of that name)",
+    )
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send one snapshot.
+
+    Raises:
+        MigrationError: it failed; the exit status is the error's.
+    """
+    from rdma_mig.cli.reporting import Reporter, drive
+    from rdma_mig.migration.rdma import RdmaOptions, rdma_start_outgoing_migration
+    from rdma_mig.migration.send import SnapshotSource
+    from rdma_mig.migration.state import Migration
+    from rdma_mig.snapshot import Snapshot
+    from rdma_mig.verbs.host import require_rdma
+    from rdma_mig.verbs.loading import load
+    from rdma_mig.wire.address import RdmaAddress
+
+    RdmaAddress.parse(args.uri, listening=False)
+    reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
+    with Snapshot.open(args.directory) as snapshot, Migration(reporter) as migration:
+        # Reading a large snapshot takes long: what this host lacks is said before.
+        require_rdma()
+        load()
+        source = SnapshotSource(snapshot)
+
+        def start() -> None:
+            source.load(migration)
+            rdma_start_outgoing_migration(
+                migration,
+                args.uri,
+                ram=source.ram,
+                save=source.save,
+                options=RdmaOptions(
+                    pin_all=args.rdma_pin_all,
+                    total_seconds=args.timeout,
+                    stall_seconds=args.stall_timeout,
+                ),
+            )
+
+        try:
+            return drive(migration, reporter, start)
+        finally:
+            migration.close()
+            source.close()

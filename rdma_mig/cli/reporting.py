@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a running migration is shown: lines for people, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from rdma_mig.errors import MigrationError, UsageError
+from rdma_mig.migration.events import (
+    Completed,
+    Connected,
+    Listening,
+    MigrationEvent,
+    Progress,
+    Warned,
+)
+from rdma_mig.migration.state import Migration
+
+__all__ = ["Reporter", "drive"]
+
+_PHASES = {
+    "load": "reading the snapshot",
+    "setup": "registering memory",
+    "round": "RAM round",
+    "transfer": "writing RAM to the destination",
+    "device-state": "receiving device state",
+    "write": "writing the snapshot",
+}
+_INTERVAL = 1.0
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+class Reporter:
+    """Prints events. Its output may fail (a closed pipe); the migration goes on all the same.
+
+    Args:
+        as_json: one JSON object a line on standard output.
+        quiet: neither progress nor summary.
+        verbose: also says over which device and with whom.
+        ready_fd: descriptor that the listening address is written to, then closed; None for none.
+    """
+
+    def __init__(
+        self, *, as_json: bool, quiet: bool, verbose: bool, ready_fd: int | None = None
+    ) -> None:
+        self._json = as_json
+        self._quiet = quiet
+        self._verbose = verbose
+        self._ready_fd = ready_fd
+        self._phase = ""
+        self._last = 0.0
+        if ready_fd is not None:
+            try:
+                os.fstat(ready_fd)
+            except OSError as error:
+                raise UsageError(
+                    f"--ready-fd {ready_fd} is not an open descriptor ({error.strerror})"
+                ) from None
+
+    def __call__(self, event: MigrationEvent) -> None:
+        """Show one event; called on the migration's thread."""
+        if isinstance(event, Listening):
+            self._ready(event.uri)
+        try:
+            if self._json:
+                self._print_json(event.as_json())
+            else:
+                self._show(event)
+        except (OSError, ValueError):
+            # Nobody reads any more. That is no reason to lose a virtual machine.
+            self._quiet = True
+
+    def warn(self, message: str) -> None:
+        """Show a warning that no migration event stands for."""
+        self(Warned(message))
+
+    def failed(self, error: MigrationError) -> None:
+        """Add the failure to the JSON events."""
+        if self._json:
+            try:
+                self._print_json(
+                    {
+                        "event": "failed",
+                        "message": error.message,
+                        "owner": error.owner,
+                        "remedy": error.remedy,
+                        "exit_status": int(error.exit_status),
+                    }
+                )
+            except (OSError, ValueError):
+                self._quiet = True
+
+    def _print_json(self, event: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+    def _ready(self, uri: str) -> None:
+        fd, self._ready_fd = self._ready_fd, None
+        if fd is not None:
+            try:
+                os.write(fd, f"{uri}\n".encode())
+                os.close(fd)
+            except OSError as error:
+                print(f"rdma-migrate: --ready-fd {fd}: {error.strerror}", file=sys.stderr)
+
+    def _show(self, event: MigrationEvent) -> None:
+        match event:
+            case Listening():
+                print(f"listening on {event.uri}", flush=True)
+            case Connected() if self._verbose:
+                pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
+                self._note(f"connected with {event.peer} over {event.device}, {pinned}")
+            case Warned():
+                print(f"rdma-migrate: warning: {event.message}", file=sys.stderr, flush=True)
+            case Progress() if not self._quiet:
+                self._progress(event)
+            case Completed() if not self._quiet:
+                self._summary(event)
+
+    def _note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def _progress(self, event: Progress) -> None:
+        now = time.monotonic()
+        if event.phase == self._phase and now - self._last < _INTERVAL:
+            return
+        self._phase, self._last = event.phase, now
+        text = _PHASES.get(event.phase, event.phase)
+        if event.phase == "round":
+            text = f"{text} {event.done}"
+        elif event.total and event.done:
+            text = f"{text}: {100 * event.done // event.total} % of {_size(event.total)}"
+        elif event.total or event.done:
+            text = f"{text}: {_size(event.total or event.done)}"
+        self._note(text)
+
+    def _summary(self, event: Completed) -> None:
+        incoming = event.writes == 0
+        moved = (
+            f"{_size(event.bytes)} of RAM ({event.pages} pages), of it "
+            f"{_size(event.nonzero_bytes)} not zero"
+            if incoming
+            else f"{_size(event.bytes)} ({event.pages} pages) in {event.writes} writes"
+        )
+        disk = "writing" if incoming else "loading"
+        lines = [
+            f"{'received from' if incoming else 'sent to'} {event.peer}: {moved}",
+            f"  device state  {_size(event.device_state_bytes)}",
+            f"  rounds        {event.rounds}",
+            f"  setup         {event.setup_seconds:.3f} s",
+            f"  transfer      {event.transfer_seconds:.3f} s ({_size(event.bytes_per_second)}/s)",
+            f"  {disk}       {event.writing_seconds:.3f} s",
+            f"  snapshot      {event.path}",
+            f"  confirmed     {event.confirmed}",
+        ]
+        print("\n".join(lines), flush=True)
+
+
+def drive(migration: Migration, reporter: Reporter, start: Callable[[], None]) -> int:
+    """Run a migration to its end; SIGINT and SIGTERM cancel it.
+
+    Args:
+        migration: cancelled by the signals.
+        reporter: told of a failure.
+        start: does what precedes the wait, in this thread.
+
+    Returns:
+        exit status 0.
+
+    Raises:
+        MigrationError: why it failed.
+    """
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        migration.cancel()
+
+    previous = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        start()
+        # In steps, so that a signal's handler runs soon whatever the platform's join() does.
+        while not migration.wait(0.5):
+            pass
+    except MigrationError as error:
+        reporter.failed(error)
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest's RAM: its blocks in stream order, each with the memory that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from rdma_mig.memory.blocks import CHUNK_SIZE, RamBlock
+from rdma_mig.memory.guest import GuestMemory
+
+__all__ = ["GuestBlock", "GuestRam"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestBlock:
+    """One block and its memory.
+
+    Attributes:
+        index: position in stream order, which is how the wire names it after setup.
+        block: name and length.
+        memory: its bytes.
+        offset: where it begins in this end's RAM address space (``ram_addr_t``), bytes.
+    """
+
+    index: int
+    block: RamBlock
+    memory: GuestMemory
+    offset: int
+
+
+class GuestRam:
+    """All RAM of one guest; a context manager that frees the memory.
+
+    Args:
+        blocks: in stream order. The memory is allocated here, and costs nothing until touched.
+
+    Raises:
+        HostError: the memory cannot be had.
+    """
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._blocks: list[GuestBlock] = []
+        offset = 0
+        try:
+            for index, block in enumerate(blocks):
+                memory = GuestMemory(block.length, block.idstr)
+                self._blocks.append(GuestBlock(index, block, memory, offset))
+                offset += -(-block.length // CHUNK_SIZE) * CHUNK_SIZE
+        except BaseException:
+            self.close()
+            raise
+        self._by_offset = {guest.offset: guest for guest in self._blocks}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[GuestBlock]:
+        return iter(self._blocks)
+
+    def __getitem__(self, index: int) -> GuestBlock:
+        return self._blocks[index]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all blocks."""
+        return sum(guest.block.length for guest in self._blocks)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bytes of each block, in stream order."""
+        return [guest.block.length for guest in self._blocks]
+
+    def at_offset(self, offset: int) -> GuestBlock:
+        """Return the block that begins at ``offset`` of the RAM address space.
+
+        Raises:
+            ValueError: no block begins there.
+        """
+        try:
+            return self._by_offset[offset]
+        except KeyError:
+            raise ValueError(f"no RAM block begins at offset {offset:#x}") from None
+
+    def populate(self, should_stop: Callable[[], bool]) -> None:
+        """Allocate every page, so that registering is quick and cannot run out of memory.
+
+        Raises:
+            HostError: there is not enough memory.
+            MigrationCancelled: ``should_stop`` said so.
+        """
+        for guest in self._blocks:
+            guest.memory.populate(should_stop)
+
+    def close(self) -> None:
+        """Free the memory; every region over it must be closed. Idempotent."""
+        with contextlib.ExitStack() as stack:
+            for guest in self._blocks:
+                stack.callback(guest.memory.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

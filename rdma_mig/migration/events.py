@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a migration tells whoever follows it. Each event is a line of ``--json`` output."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+__all__ = ["Completed", "Connected", "Listening", "MigrationEvent", "Progress", "Warned"]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationEvent:
+    """Base of all events; ``event`` is its name in JSON."""
+
+    event: ClassVar[str] = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that ``--json`` prints."""
+        return {"event": self.event, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Listening(MigrationEvent):
+    """A source can connect now; ``uri`` says where."""
+
+    event: ClassVar[str] = "listening"
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected(MigrationEvent):
+    """The connection is up: with whom, over which device, with which registration."""
+
+    event: ClassVar[str] = "connected"
+    peer: str
+    device: str
+    pin_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(MigrationEvent):
+    """Something goes on.
+
+    Attributes:
+        phase: "load", "setup", "round", "transfer", "device-state", "write".
+        done: bytes (or, in phase "round", the number of the round).
+        total: of the same unit; 0 where it is not known beforehand.
+    """
+
+    event: ClassVar[str] = "progress"
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Warned(MigrationEvent):
+    """Something that the operator should know, and that stops nothing."""
+
+    event: ClassVar[str] = "warning"
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completed(MigrationEvent):
+    """The migration is over, and what it took.
+
+    Attributes:
+        bytes: RAM bytes that were moved; at a destination the size of the guest's RAM, since
+            nobody there sees how often a page was written.
+        pages: the same in pages of 4 KiB.
+        nonzero_bytes: RAM bytes in pages that are not zero (incoming), or loaded (outgoing).
+        device_state_bytes: bytes of the stream behind the RAM section.
+        rounds: RAM phases after setup, the last one included.
+        writes: RDMA writes posted; 0 at a destination, which does not see them.
+        setup_seconds: populating and registering memory, and agreeing on the blocks.
+        transfer_seconds: from there to the last byte of the stream.
+        writing_seconds: writing the snapshot (incoming) or loading it (outgoing).
+        bytes_per_second: bytes / transfer_seconds.
+        path: the snapshot's directory.
+        peer: the other end.
+        confirmed: how the end is known (see docs/protocol.md, end of stream).
+    """
+
+    event: ClassVar[str] = "completed"
+    bytes: int
+    pages: int
+    nonzero_bytes: int
+    device_state_bytes: int
+    rounds: int
+    writes: int
+    setup_seconds: float
+    transfer_seconds: float
+    writing_seconds: float
+    bytes_per_second: float
+    path: str
+    peer: str
+    confirmed: str

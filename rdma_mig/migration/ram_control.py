@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The RAM hooks of migration.h, for any migration file.
+
+On a file without hooks they do nothing, or say that they are not supported. Failures raise, set
+the file's error, and are raised again by later calls. Names and values are the header's; those of
+the ``RAM_CONTROL_*`` flags are listed in docs/protocol.md, RAM phases.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.errors import LocalProtocolError, MigrationError
+from rdma_mig.memory.bitmap import DirtyBitmap
+
+__all__ = [
+    "RAM_CONTROL_BLOCK_REG",
+    "RAM_CONTROL_FINISH",
+    "RAM_CONTROL_HOOK",
+    "RAM_CONTROL_ROUND",
+    "RAM_CONTROL_SETUP",
+    "RAM_SAVE_CONTROL_DELAYED",
+    "RAM_SAVE_CONTROL_NOT_SUPP",
+    "BytesSent",
+    "ram_control_after_iterate",
+    "ram_control_before_iterate",
+    "ram_control_load_hook",
+    "ram_control_save_page",
+    "ram_control_save_pages",
+]
+
+RAM_CONTROL_SETUP = 0
+RAM_CONTROL_ROUND = 1
+RAM_CONTROL_HOOK = 2
+RAM_CONTROL_FINISH = 3
+RAM_CONTROL_BLOCK_REG = 4
+
+RAM_SAVE_CONTROL_NOT_SUPP = -1000
+RAM_SAVE_CONTROL_DELAYED = -2000
+
+
+class BytesSent(Protocol):
+    """The header's ``int *bytes_sent``: anything with a ``value``, such as ctypes.c_int."""
+
+    value: int
+
+
+def _failed(file: QEMUFile, error: Exception) -> MigrationError:
+    """Make the failure the file's, and one of our family."""
+    if not isinstance(error, MigrationError):
+        error = LocalProtocolError(str(error))
+    file.fail(error)
+    return error
+
+
+def ram_control_before_iterate(f: QEMUFile, flags: int) -> None:
+    """Begin a RAM phase: SETUP, a ROUND, or FINISH; before its first page."""
+    f.check()
+    if f.hooks is not None:
+        try:
+            f.hooks.before_iterate(f, flags)
+        except (MigrationError, ValueError) as error:
+            raise _failed(f, error) from error
+
+
+def ram_control_after_iterate(f: QEMUFile, flags: int) -> None:
+    """End a RAM phase, before its EOS word is put; on return all its pages have been sent."""
+    f.check()
+    if f.hooks is not None:
+        try:
+            f.hooks.after_iterate(f, flags)
+        except (MigrationError, ValueError) as error:
+            raise _failed(f, error) from error
+
+
+def ram_control_load_hook(f: QEMUFile, flags: int, data: object = None) -> None:
+    """Tell the transport what the stream showed, at the destination.
+
+    Args:
+        f: the file being loaded.
+        flags: RAM_CONTROL_HOOK where the stream has RAM_SAVE_FLAG_HOOK; RAM_CONTROL_BLOCK_REG
+            with the block's name for each listed block.
+        data: the name, for BLOCK_REG.
+
+    Raises:
+        LocalProtocolError: HOOK on a file without hooks: the source sends RAM by a transport that
+            this is not. BLOCK_REG is ignored there.
+    """
+    f.check()
+    if f.hooks is None:
+        if flags == RAM_CONTROL_HOOK:
+            raise _failed(
+                f,
+                LocalProtocolError(
+                    "the stream asks for RDMA, and this migration does not run over RDMA"
+                ),
+            )
+        return
+    try:
+        f.hooks.load_hook(f, flags, data)
+    except (MigrationError, ValueError) as error:
+        raise _failed(f, error) from error
+
+
+def ram_control_save_page(
+    f: QEMUFile, block_offset: int, offset: int, size: int, bytes_sent: BytesSent | None = None
+) -> int:
+    """Offer one page to the transport.
+
+    Args:
+        f: the file being saved to.
+        block_offset: where the page's block begins in the RAM address space.
+        offset: of the page in its block, bytes.
+        size: bytes.
+        bytes_sent: its ``value`` becomes 1 when the page was taken, whatever is sent later,
+            since sending is deferred (docs/protocol.md, RAM phases).
+
+    Returns:
+        RAM_SAVE_CONTROL_DELAYED: taken. RAM_SAVE_CONTROL_NOT_SUPP: put it into the stream.
+    """
+    f.check()
+    if f.hooks is None:
+        return RAM_SAVE_CONTROL_NOT_SUPP
+    try:
+        f.hooks.save_page(block_offset, offset, size)
+    except (MigrationError, ValueError) as error:
+        raise _failed(f, error) from error
+    if bytes_sent is not None:
+        bytes_sent.value = 1
+    return RAM_SAVE_CONTROL_DELAYED
+
+
+def ram_control_save_pages(f: QEMUFile, block_offset: int, dirty: DirtyBitmap | None = None) -> int:
+    """Offer all dirty pages of a block at once: the bulk twin of ram_control_save_page().
+
+    Args:
+        f: the file being saved to.
+        block_offset: where the block begins in the RAM address space.
+        dirty: its dirty pages; None for the whole block.
+
+    Returns:
+        RAM_SAVE_CONTROL_DELAYED: taken. RAM_SAVE_CONTROL_NOT_SUPP: put them into the stream.
+    """
+    f.check()
+    if f.hooks is None:
+        return RAM_SAVE_CONTROL_NOT_SUPP
+    try:
+        f.hooks.save_pages(block_offset, dirty)
+    except (MigrationError, ValueError) as error:
+        raise _failed(f, error) from error
+    return RAM_SAVE_CONTROL_DELAYED

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rdma_start_incoming_migration`` and ``rdma_start_outgoing_migration`` of migration.h.
+
+They check their arguments and this host at once, and return when listening or connecting has
+begun; the rest runs on the migration's worker thread, where the engine's function is called with
+the migration file, its hooks in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.errors import MigrationError
+from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration.events import Connected, Listening
+from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.transport.control import TransportLimits
+from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
+from rdma_mig.transport.outgoing import RdmaOutgoing
+from rdma_mig.verbs.endpoint import EndpointOptions
+from rdma_mig.verbs.host import require_rdma
+from rdma_mig.verbs.loading import load
+from rdma_mig.waits import Deadline
+from rdma_mig.wire.address import RdmaAddress
+
+__all__ = ["RdmaOptions", "rdma_start_incoming_migration", "rdma_start_outgoing_migration"]
+
+
+@dataclass(frozen=True, slots=True)
+class RdmaOptions:
+    """Options of a migration over RDMA.
+
+    Attributes:
+        pin_all: register all RAM at the start (QEMU's capability rdma-pin-all); outgoing only,
+            since a destination does as the source asks.
+        total_seconds: limit on the whole migration; None for none.
+        stall_seconds: how long a live peer may say nothing; None for ever.
+        accept_seconds: limit on the wait for a source; None for none.
+        endpoint: sizes and limits of the connection.
+    """
+
+    pin_all: bool = True
+    total_seconds: float | None = None
+    stall_seconds: float | None = None
+    accept_seconds: float | None = None
+    endpoint: EndpointOptions = field(default_factory=EndpointOptions)
+
+
+def rdma_start_incoming_migration(
+    host_port: str,
+    *,
+    migration: Migration,
+    process: Callable[[Migration, QEMUFile, RdmaIncoming], None],
+    options: RdmaOptions | None = None,
+) -> RdmaAddress:
+    """Listen for a source, and process its migration on the worker thread.
+
+    Args:
+        host_port: ``rdma:HOST:PORT``; port 0 takes a free one.
+        migration: owns what is started; becomes the process's current one.
+        process: the engine: loads the stream from the file. It attaches RAM to the transport
+            when it has read the block list (the header leaves that to QEMU's global RAM list).
+        options: limits and sizes.
+
+    Returns:
+        the address that a source can connect to, as bound.
+
+    Raises:
+        UsageError: the URI cannot be used.
+        HostError: this host cannot listen there, or has no RDMA.
+        LocalProtocolError: another migration is under way.
+    """
+    options = options or RdmaOptions()
+    address = RdmaAddress.parse(host_port, listening=True)
+    migration.become_current()
+    load()
+    listener = IncomingListener(address, migration.cancellation, options.endpoint)
+    try:
+        migration.emit(Listening(str(listener.address)))
+        migration.run(lambda: _incoming(migration, listener, process, options), "rdma-mig-incoming")
+    except BaseException:
+        listener.close()
+        raise
+    return listener.address
+
+
+def _incoming(
+    migration: Migration,
+    listener: IncomingListener,
+    process: Callable[[Migration, QEMUFile, RdmaIncoming], None],
+    options: RdmaOptions,
+) -> None:
+    try:
+        transport = listener.accept(
+            Deadline.after(options.accept_seconds),
+            TransportLimits(options.total_seconds, options.stall_seconds),
+        )
+        try:
+            migration.state.status = MigrationStatus.ACTIVE
+            migration.emit(Connected(transport.peer, transport.device, transport.pin_all))
+            process(migration, QEMUFile(transport, transport), transport)
+        except MigrationError:
+            transport.abort()
+            raise
+        finally:
+            transport.close()
+    finally:
+        listener.close()
+
+
+def rdma_start_outgoing_migration(
+    state: Migration,
+    host_port: str,
+    *,
+    ram: GuestRam,
+    save: Callable[[Migration, QEMUFile, RdmaOutgoing], None],
+    options: RdmaOptions | None = None,
+) -> None:
+    """Connect to a destination, and save to it on the worker thread.
+
+    Args:
+        state: the migration that owns what is started; becomes the process's current one.
+        host_port: ``rdma:HOST:PORT``.
+        ram: the guest's RAM; it must outlive the migration.
+        save: the engine: writes the stream to the file and calls the RAM hooks.
+        options: limits and sizes.
+
+    Raises:
+        UsageError: the URI cannot be used.
+        HostError: this host has no RDMA.
+        LocalProtocolError: another migration is under way.
+    """
+    options = options or RdmaOptions()
+    address = RdmaAddress.parse(host_port, listening=False)
+    state.become_current()
+    require_rdma()
+    load()
+    state.run(lambda: _outgoing(state, address, ram, save, options), "rdma-mig-outgoing")
+
+
+def _outgoing(
+    migration: Migration,
+    address: RdmaAddress,
+    ram: GuestRam,
+    save: Callable[[Migration, QEMUFile, RdmaOutgoing], None],
+    options: RdmaOptions,
+) -> None:
+    transport = RdmaOutgoing(
+        address,
+        ram,
+        migration.cancellation,
+        options.endpoint,
+        TransportLimits(options.total_seconds, options.stall_seconds),
+    )
+    try:
+        migration.state.status = MigrationStatus.ACTIVE
+        migration.emit(Connected(transport.peer, transport.device, transport.pin_all))
+        save(migration, QEMUFile(transport, transport), transport)
+    except MigrationError:
+        transport.abort()
+        raise
+    finally:
+        transport.close()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's engine for a machine that rests: a snapshot directory into a migration stream."""
+
+from __future__ import annotations
+
+import time
+
+from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.errors import MigrationCancelled, MigrationError, MigrationTimeout, PeerGone
+from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
+from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration.events import Completed, Progress
+from rdma_mig.migration.ram_control import (
+    RAM_CONTROL_FINISH,
+    RAM_CONTROL_SETUP,
+    ram_control_after_iterate,
+    ram_control_before_iterate,
+    ram_control_save_pages,
+)
+from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.snapshot import Snapshot
+from rdma_mig.transport.outgoing import RdmaOutgoing
+from rdma_mig.wire.stream import (
+    StreamBlock,
+    encode_eos,
+    encode_footer,
+    encode_ram_start,
+    encode_section_end,
+)
+
+__all__ = ["SnapshotSource"]
+
+# A description is asked for once more after each piece; QEMU reads 32 KiB at a time.
+_PIECE = 32768
+
+
+class SnapshotSource:
+    """Sends a snapshot to a destination; ``save`` is its engine function.
+
+    Args:
+        snapshot: closed by its owner, after this.
+
+    Attributes:
+        ram: the guest's memory, filled by load().
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.ram = GuestRam(snapshot.blocks)
+        self._loaded = 0
+        self._load_seconds = 0.0
+
+    def close(self) -> None:
+        """Free the guest's memory."""
+        self.ram.close()
+
+    @property
+    def owner(self) -> str:
+        """Who owns the virtual machine as long as nothing was handed over."""
+        return f"the snapshot in {self.snapshot.path} is unchanged"
+
+    def load(self, migration: Migration) -> None:
+        """Read RAM from disk into memory, each chunk compared with its digest.
+
+        Raises:
+            SnapshotError: it cannot be read, or is damaged.
+            MigrationCancelled: it was cancelled.
+        """
+        migration.state.owner = self.owner
+        began = time.monotonic()
+        done = 0
+
+        def progress(size: int) -> None:
+            nonlocal done
+            done += size
+            if done % (64 << 20) < size:
+                migration.emit(Progress("load", done, self.ram.total))
+
+        for guest in self.ram:
+            self._loaded += self.snapshot.load_ram(
+                guest.index,
+                guest.memory,
+                lambda: migration.cancellation.requested,
+                progress=progress,
+            )
+        self._load_seconds = time.monotonic() - began
+
+    def save(self, migration: Migration, file: QEMUFile, transport: RdmaOutgoing) -> None:
+        """Write the whole migration to ``file``.
+
+        Raises:
+            MigrationError: it failed, or success could not be shown.
+        """
+        migration.state.owner = self.owner
+        began = time.monotonic()
+        manifest = self.snapshot.manifest
+        footer = encode_footer(manifest.ram_section_id) if manifest.footers else b""
+        file.put(self.snapshot.config)
+        file.put(
+            encode_ram_start(
+                manifest.ram_section_id,
+                [
+                    StreamBlock(block.idstr, block.length, block.page_size, block.guest_address)
+                    for block in self.snapshot.blocks
+                ],
+            )
+        )
+        migration.emit(Progress("setup", 0, self.ram.total))
+        ram_control_before_iterate(file, RAM_CONTROL_SETUP)
+        ram_control_after_iterate(file, RAM_CONTROL_SETUP)
+        file.put(encode_eos() + footer)
+        # The machine rests, so one last phase carries all RAM and there are no rounds before it.
+        file.put(encode_section_end(manifest.ram_section_id))
+        ram_control_before_iterate(file, RAM_CONTROL_FINISH)
+        done = 0
+        for guest in self.ram:
+            ram_control_save_pages(file, guest.offset)
+            done += guest.block.length
+            migration.emit(Progress("transfer", done, self.ram.total))
+        ram_control_after_iterate(file, RAM_CONTROL_FINISH)
+        migration.state.rounds = 1
+        migration.state.status = MigrationStatus.DEVICE
+        file.put(encode_eos() + footer)
+        file.flush()
+        confirmed = self._device_state(file, transport)
+        ended = time.monotonic()
+        if transport.final_ack:
+            ack = transport.wait_final_ack()
+            if ack.status != 0:
+                raise MigrationError(
+                    f"{transport.peer} has received everything and failed to keep it: "
+                    f"{ack.message or 'no reason given'}",
+                    owner=self.owner,
+                )
+            confirmed = "the destination acknowledged that RAM and device state are on disk"
+        transport.finish()
+        self._report(migration, transport, ended - began, confirmed)
+
+    def _device_state(self, file: QEMUFile, transport: RdmaOutgoing) -> str:
+        """Send the device state so that its borders show how far the destination came.
+
+        A QEMU asks for more only when it has parsed what it has. So one message ends before the
+        EOF byte, and the READY for that byte shows that every device was loaded; the READY for
+        the description shows that the destination has left the device state for good
+        (docs/protocol.md, end of stream).
+        """
+        state = self.snapshot.device_state
+        eof = self.snapshot.eof_offset
+        file.put(state[: eof - 1])
+        file.flush()
+        try:
+            transport.wait_ready("its loading all device state")(state[eof - 1 : eof])
+            confirmed = "the destination loaded all device state and asked for the end mark"
+            for at in range(eof, len(state), _PIECE):
+                transport.wait_ready("its leaving the device state")(state[at : at + _PIECE])
+                confirmed = "the destination loaded all device state and asked for what follows"
+        except (MigrationCancelled, MigrationTimeout):
+            raise
+        except PeerGone as error:
+            raise MigrationError(
+                f"the destination did not load all device state ({error.message})",
+                owner=self.owner,
+                remedy="start it with the machine, memory and devices of the source; its own "
+                "messages name what it could not load",
+            ) from error
+        return confirmed
+
+    def _report(
+        self, migration: Migration, transport: RdmaOutgoing, seconds: float, confirmed: str
+    ) -> None:
+        state = migration.state
+        state.setup_seconds = transport.setup_seconds
+        state.bytes_transferred = transport.bytes_written
+        transfer = max(seconds - transport.setup_seconds, 1e-9)
+        migration.emit(
+            Completed(
+                bytes=transport.bytes_written,
+                pages=transport.bytes_written // TARGET_PAGE_SIZE,
+                nonzero_bytes=self._loaded,
+                device_state_bytes=len(self.snapshot.device_state),
+                rounds=state.rounds,
+                writes=transport.writes,
+                setup_seconds=round(transport.setup_seconds, 6),
+                transfer_seconds=round(transfer, 6),
+                writing_seconds=round(self._load_seconds, 6),
+                bytes_per_second=round(transport.bytes_written / transfer, 1),
+                path=str(self.snapshot.path),
+                peer=transport.peer,
+                confirmed=confirmed,
+            )
+        )

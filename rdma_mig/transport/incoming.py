@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's end of the RDMA transport: a byte channel, and the RAM hooks."""
+
+from __future__ import annotations
+
+import time
+
+from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.errors import HostError, LocalProtocolError, RemoteProtocolError
+from rdma_mig.memory.bitmap import DirtyBitmap
+from rdma_mig.memory.ram import GuestRam
+from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.verbs.cm import Listener
+from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
+from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.wire.address import RdmaAddress
+from rdma_mig.wire.control import (
+    ControlMessage,
+    ControlType,
+    FinalAck,
+    RamBlockRecord,
+    encode_ram_blocks,
+)
+from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+
+__all__ = ["IncomingListener", "RdmaIncoming"]
+
+_HOOK = 2  # RAM_CONTROL_HOOK
+_BLOCK_REG = 4  # RAM_CONTROL_BLOCK_REG
+
+
+class IncomingListener:
+    """Listens for one source; a context manager.
+
+    Args:
+        address: where; port 0 takes a free one.
+        cancel: ends every wait.
+        options: sizes and limits of the connection.
+
+    Raises:
+        HostError: this host cannot listen there.
+    """
+
+    def __init__(self, address: RdmaAddress, cancel: Cancel, options: EndpointOptions) -> None:
+        self._listener = Listener(address.host, address.port, cancel, options)
+        self.address = RdmaAddress(*self._listener.address)
+
+    def accept(self, deadline: Deadline, limits: TransportLimits) -> RdmaIncoming:
+        """Wait for a source and accept it; nobody else is taken afterwards.
+
+        Raises:
+            RemoteProtocolError: it speaks another version; it was told so.
+            PeerGone, MigrationTimeout, MigrationCancelled: no connection came about.
+        """
+        asked: list[PrivateData] = []
+
+        def answer(private_data: bytes, peer: str) -> bytes:
+            request = PrivateData.decode(private_data)
+            asked.append(request)
+            extension = request.extension
+            if extension is not None:
+                # The nonce goes back as it came: it names this connection to both ends.
+                extension = Extension(extension.features & FEATURE_FINAL_ACK, extension.nonce)
+            return PrivateData(1, request.flags & FLAG_PIN_ALL, extension).encode()
+
+        endpoint = self._listener.accept(answer, deadline)
+        self._listener.stop()
+        return RdmaIncoming(endpoint, asked[-1], limits)
+
+    def close(self) -> None:
+        """Stop listening; after the connection was closed. Idempotent."""
+        self._listener.close()
+
+
+class RdmaIncoming:
+    """A connected destination. Used from one thread; close() ends the connection.
+
+    Attributes:
+        pin_all: both ends pin all RAM.
+        final_ack: the source waits for a final acknowledgement.
+        phases: registration phases served: setup, rounds and the last one.
+        setup_seconds: populating and registering RAM.
+    """
+
+    def __init__(self, endpoint: Endpoint, asked: PrivateData, limits: TransportLimits) -> None:
+        self._endpoint = endpoint
+        self._cancel = endpoint.cancel
+        self.control = ControlChannel(endpoint, limits)
+        self.pin_all = asked.pin_all
+        self.final_ack = bool(asked.extension and asked.extension.features & FEATURE_FINAL_ACK)
+        self.phases = 0
+        self.setup_seconds = 0.0
+        self._ram: GuestRam | None = None
+        self._names: list[str] = []
+        self._exchanged = False
+
+    @property
+    def peer(self) -> str:
+        """HOST:PORT of the source."""
+        return self._endpoint.peer
+
+    @property
+    def device(self) -> str:
+        """Name of the verbs device that the connection uses."""
+        return self._endpoint.device
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the source has ended the connection."""
+        return self._endpoint.disconnected
+
+    def attach(self, ram: GuestRam) -> None:
+        """Say where RAM shall arrive; it must outlive the registrations."""
+        self._ram = ram
+
+    # ---- ByteChannel ----
+
+    def read(self) -> bytes:
+        """Ask for, and wait for, the next bytes of the stream."""
+        message = self.control.receive("the next part of the migration stream")
+        if message.type is not ControlType.QEMU_FILE:
+            raise RemoteProtocolError(
+                f"{self.peer} sent {message.type.name} where QEMU_FILE was due"
+            )
+        return message.payload
+
+    def write(self, data: bytes) -> None:
+        """A destination's stream runs one way."""
+        raise LocalProtocolError("a destination does not write the stream")
+
+    # ---- RamControlHooks ----
+
+    def before_iterate(self, file: QEMUFile, flags: int) -> None:
+        """Only a source saves."""
+        raise LocalProtocolError("a destination does not save")
+
+    def after_iterate(self, file: QEMUFile, flags: int) -> None:
+        """Only a source saves."""
+        raise LocalProtocolError("a destination does not save")
+
+    def save_page(self, block_offset: int, offset: int, size: int) -> None:
+        """Only a source saves."""
+        raise LocalProtocolError("a destination does not save")
+
+    def save_pages(self, block_offset: int, dirty: DirtyBitmap | None) -> int:
+        """Only a source saves."""
+        raise LocalProtocolError("a destination does not save")
+
+    def load_hook(self, file: QEMUFile, flags: int, data: object) -> None:
+        """Note a block's name (BLOCK_REG), or serve a registration phase (HOOK)."""
+        if flags == _BLOCK_REG:
+            self._names.append(str(data))
+        elif flags == _HOOK:
+            self._serve_phase()
+        else:
+            raise LocalProtocolError(f"load hook with flags {flags}")
+
+    def _serve_phase(self) -> None:
+        """Answer requests until the source ends the phase (docs/protocol.md, RAM phases)."""
+        if self._ram is None:
+            raise LocalProtocolError("a registration phase before the RAM is known")
+        while True:
+            message = self.control.receive("a registration request or the end of the RAM phase")
+            match message.type:
+                case ControlType.RAM_BLOCKS_REQUEST:
+                    self._answer_blocks(self._ram)
+                case ControlType.REGISTER_FINISHED:
+                    if not self._exchanged:
+                        raise RemoteProtocolError(
+                            f"{self.peer} ended setup without asking for the RAM blocks"
+                        )
+                    self.phases += 1
+                    return
+                case ControlType.REGISTER_REQUEST | ControlType.COMPRESS if not self.pin_all:
+                    raise HostError(
+                        f"{self.peer} registers memory dynamically, which is not supported yet",
+                        remedy="switch the capability rdma-pin-all on at the source",
+                    )
+                case _:
+                    raise RemoteProtocolError(
+                        f"{self.peer} sent {message.type.name} in a registration phase"
+                    )
+
+    def _answer_blocks(self, ram: GuestRam) -> None:
+        if self._exchanged:
+            raise RemoteProtocolError(f"{self.peer} asked twice for the RAM blocks")
+        if self._names != [guest.block.idstr for guest in ram]:
+            raise LocalProtocolError("the RAM blocks were not announced in stream order")
+        began = time.monotonic()
+        keys = [0] * len(ram)
+        if self.pin_all:
+            ram.populate(lambda: self._cancel.requested)
+            for guest in ram:
+                keys[guest.index] = self._endpoint.register(
+                    guest.memory.address,
+                    guest.block.length,
+                    what=f"RAM block {guest.block.idstr}",
+                    remote_write=True,
+                    holder=guest.memory.hold("its memory region"),
+                ).rkey
+        records = [
+            RamBlockRecord(
+                guest.memory.address, guest.offset, guest.block.length, keys[guest.index]
+            )
+            for guest in ram
+        ]
+        self.setup_seconds += time.monotonic() - began
+        self.control.post(ControlMessage(ControlType.RAM_BLOCKS_RESULT, encode_ram_blocks(records)))
+        self._exchanged = True
+
+    # ---- the end ----
+
+    def withdraw_keys(self) -> None:
+        """Deregister all RAM: from here on nobody but this process can change it."""
+        self._endpoint.deregister_all()
+
+    def acknowledge(self, ack: FinalAck) -> None:
+        """Tell the source whether RAM and device state are whole and on disk."""
+        self.control.post(ControlMessage(ControlType.FINAL_ACK, ack.encode()))
+
+    def wait_disconnected(self, seconds: float) -> bool:
+        """Let the source end the connection; return whether it did.
+
+        Ours to end only then: a QEMU that has not yet seen its last message arrive takes our
+        disconnecting for a failure.
+        """
+        return self._endpoint.wait_disconnected(seconds)
+
+    def abort(self) -> None:
+        """Tell the source that this end has failed, and end the connection."""
+        self.control.send_error()
+        self.close()
+
+    def close(self) -> None:
+        """End the connection and give back every registration. Idempotent."""
+        self._endpoint.close()

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's end of the RDMA transport: a byte channel, and the RAM hooks."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from array import array
+from collections.abc import Callable
+
+from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.errors import HostError, LocalProtocolError, RemoteProtocolError
+from rdma_mig.memory.bitmap import DirtyBitmap
+from rdma_mig.memory.blocks import CHUNK_SIZE
+from rdma_mig.memory.ram import GuestBlock, GuestRam
+from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.verbs.cm import connect
+from rdma_mig.verbs.endpoint import EndpointOptions
+from rdma_mig.verbs.loading import load
+from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.wire.address import RdmaAddress
+from rdma_mig.wire.control import (
+    ControlMessage,
+    ControlType,
+    FinalAck,
+    decode_ram_blocks,
+)
+from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+from rdma_mig.wire.stream import encode_hook
+
+__all__ = ["RdmaOutgoing"]
+
+_SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
+
+# One write of all RAM would be quickest, but a wait could not be cancelled within it.
+_MAX_WRITE = 8 << 20
+_STREAM_MESSAGE = 32768
+
+
+class RdmaOutgoing:
+    """A connected source. Used from one thread; close() ends the connection.
+
+    Args:
+        address: the destination.
+        ram: the guest's RAM; it must outlive this object.
+        cancel: ends every wait.
+        options: sizes and limits of the connection.
+        limits: on the waits once it is up.
+
+    Attributes:
+        peer: HOST:PORT of the destination.
+        pin_all: both ends pin all RAM.
+        final_ack: the destination says at the end whether RAM and state are whole and on disk.
+        setup_seconds: populating, registering and agreeing on the blocks.
+    """
+
+    def __init__(
+        self,
+        address: RdmaAddress,
+        ram: GuestRam,
+        cancel: Cancel,
+        options: EndpointOptions,
+        limits: TransportLimits,
+    ) -> None:
+        self._verbs = load()
+        self._ram = ram
+        self._cancel = cancel
+        self._limits = limits
+        self._deadline = Deadline.after(None)
+        self.setup_seconds = 0.0
+        self._thread = threading.get_ident()
+        self._exchanged = False
+        asked = PrivateData(1, FLAG_PIN_ALL, Extension(FEATURE_FINAL_ACK, secrets.randbits(64)))
+        self._endpoint = connect(address.host, address.port, asked.encode(), cancel, options)
+        try:
+            granted = PrivateData.decode(self._endpoint.private_data)
+            self.pin_all = granted.pin_all
+            if not self.pin_all:
+                raise HostError(
+                    f"{self._endpoint.peer} does not grant pin-all registration",
+                    remedy="dynamic registration is not supported yet: use a destination that "
+                    "grants rdma-pin-all",
+                )
+            self.final_ack = bool(
+                granted.extension and granted.extension.features & FEATURE_FINAL_ACK
+            )
+            self.control = ControlChannel(self._endpoint, limits)
+            self._queue = self._verbs.WriteQueue(
+                self._endpoint.queue,
+                chunk_size=CHUNK_SIZE,
+                max_write=min(_MAX_WRITE, self._endpoint.max_message),
+                interrupted=self._interrupted,
+            )
+        except BaseException:
+            self._endpoint.close()
+            raise
+
+    @property
+    def peer(self) -> str:
+        """HOST:PORT of the destination."""
+        return self._endpoint.peer
+
+    @property
+    def device(self) -> str:
+        """Name of the verbs device that the connection uses."""
+        return self._endpoint.device
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes posted as RDMA writes so far."""
+        return int(self._queue.bytes)
+
+    @property
+    def writes(self) -> int:
+        """RDMA writes posted so far."""
+        return int(self._queue.writes)
+
+    def _interrupted(self, outcome: int) -> None:
+        self._endpoint.interrupted(outcome, "room in the send queue", self._deadline)
+
+    def _own_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise LocalProtocolError("the hooks are called from the thread that connected")
+
+    # ---- ByteChannel ----
+
+    def write(self, data: bytes) -> None:
+        """Send stream bytes; a pending run of pages goes before them."""
+        self._own_thread()
+        self._queue.flush()
+        for at in range(0, len(data), _STREAM_MESSAGE):
+            self.control.send(
+                ControlMessage(ControlType.QEMU_FILE, data[at : at + _STREAM_MESSAGE], repeat=0)
+            )
+
+    def read(self) -> bytes:
+        """A source's stream runs one way."""
+        raise LocalProtocolError("a source does not read its stream")
+
+    # ---- RamControlHooks ----
+
+    def before_iterate(self, file: QEMUFile, flags: int) -> None:
+        """Put the HOOK word as the last of its message, and take pages (not in SETUP)."""
+        self._own_thread()
+        if flags != _SETUP and not self._exchanged:
+            raise LocalProtocolError("a RAM phase before the one of setup")
+        if flags == _SETUP and self._exchanged:
+            raise LocalProtocolError("a second setup phase")
+        if self._queue.is_open:
+            raise LocalProtocolError("a RAM phase within a RAM phase")
+        file.put(encode_hook())
+        file.flush()
+        if flags != _SETUP:
+            self._queue.open()
+
+    def after_iterate(self, file: QEMUFile, flags: int) -> None:
+        """Write what is pending, wait until all writes have completed, end the phase."""
+        self._own_thread()
+        file.flush()
+        if flags == _SETUP:
+            if self._exchanged:
+                raise LocalProtocolError("a second setup phase")
+            self._exchange_blocks()
+        else:
+            if not self._queue.is_open:
+                raise LocalProtocolError("the end of a RAM phase that did not begin")
+            self._queue.flush()
+            self._endpoint.wait(
+                self._verbs.WAIT_WRITES, "the completion of all writes", self._limits.next_wait()
+            )
+            self._queue.close()
+        self.control.send(ControlMessage(ControlType.REGISTER_FINISHED))
+
+    def load_hook(self, file: QEMUFile, flags: int, data: object) -> None:
+        """Only a destination loads."""
+        raise LocalProtocolError("a source does not load")
+
+    def save_page(self, block_offset: int, offset: int, size: int) -> None:
+        """Extend the pending run by a page, or write it and begin a new one."""
+        self._queue.save_page(self._ram.at_offset(block_offset).index, offset, size)
+
+    def save_pages(self, block_offset: int, dirty: DirtyBitmap | None) -> int:
+        """Write all dirty pages of a block, or the whole block, in as few writes as can be."""
+        self._own_thread()
+        guest = self._ram.at_offset(block_offset)
+        if dirty is None:
+            return self._save_runs(guest, memoryview(array("Q", [0, guest.block.length])))
+        return sum(
+            self._save_runs(guest, runs)
+            for runs in dirty.runs(_MAX_WRITE, length=guest.block.length, boundary=0)
+        )
+
+    def _save_runs(self, guest: GuestBlock, runs: memoryview) -> int:
+        rows = runs.cast("B").cast("Q", [len(runs) // 2, 2])
+        return int(self._queue.save_runs(guest.index, rows))
+
+    # ---- setup ----
+
+    def _exchange_blocks(self) -> None:
+        began = time.monotonic()
+        regions: list[tuple[int, int]] = []
+
+        def register() -> None:
+            self._ram.populate(lambda: self._cancel.requested)
+            for guest in self._ram:
+                region = self._endpoint.register(
+                    guest.memory.address,
+                    guest.block.length,
+                    what=f"RAM block {guest.block.idstr}",
+                    remote_write=False,
+                    holder=guest.memory.hold("its memory region"),
+                )
+                regions.append((region.address, region.lkey))
+
+        # Both ends pin at the same time: the destination while we wait for its answer.
+        reply = self.control.request(
+            ControlMessage(ControlType.RAM_BLOCKS_REQUEST),
+            ControlType.RAM_BLOCKS_RESULT,
+            meanwhile=register,
+        )
+        records = decode_ram_blocks(reply.payload, self._ram.lengths)
+        for index, record in enumerate(records):
+            if record.rkey == 0:
+                raise RemoteProtocolError(
+                    f"{self.peer} granted pin-all and sent no key for RAM block {index}"
+                )
+        self._queue.set_targets(
+            [
+                (address, lkey, record.host_address, record.rkey, record.length)
+                for (address, lkey), record in zip(regions, records, strict=True)
+            ]
+        )
+        self._exchanged = True
+        self.setup_seconds = time.monotonic() - began
+
+    # ---- the end ----
+
+    def wait_ready(self, doing: str) -> Callable[[bytes], None]:
+        """Wait until the destination asks for more, and return what sends it.
+
+        It asks when it has parsed all that it has, so this shows how far it came.
+        """
+        self.control.wait_ready(doing)
+
+        def send(data: bytes) -> None:
+            self.control.post(ControlMessage(ControlType.QEMU_FILE, data, repeat=0))
+
+        return send
+
+    def wait_final_ack(self) -> FinalAck:
+        """Wait for the destination's word that RAM and device state are whole and on disk."""
+        message = self.control.await_message(
+            ControlType.FINAL_ACK, "the destination's final acknowledgement"
+        )
+        return FinalAck.decode(message.payload)
+
+    def finish(self) -> None:
+        """Let the destination end the connection, then end it here; keys are gone afterwards."""
+        self._endpoint.wait_disconnected(5.0)
+        self.close()
+
+    def abort(self) -> None:
+        """Tell the destination that this end has failed, and end the connection."""
+        self.control.send_error()
+        self.close()
+
+    def close(self) -> None:
+        """End the connection and give back every registration. Idempotent."""
+        self._endpoint.close()
