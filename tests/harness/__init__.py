@@ -20,7 +20,7 @@ from harness.guest import (
     guest_counters,
     heartbeats_in,
 )
-from harness.qemu import HarnessError, Qemu, RamBlockInfo, free_port
+from harness.qemu import HarnessError, Qemu, RamBlockInfo, free_port, qemu_binary
 
 __all__ = [
     "PAGE_SIZE",
@@ -37,6 +37,7 @@ __all__ = [
     "free_port",
     "guest_counters",
     "heartbeats_in",
+    "qemu_binary",
     "read_blocks",
     "snapshot_blocks",
 ]

@@ -119,9 +119,8 @@ class Qemu:
     def _arguments(
         self, paused: bool, incoming: str | None, accel: str, extra: Sequence[str]
     ) -> list[str]:
-        binary = os.environ.get("RDMA_MIG_QEMU", "qemu-system-x86_64")
         arguments = [
-            binary, "-nodefaults", "-no-user-config", "-display", "none", "-accel", accel,
+            qemu_binary(), "-nodefaults", "-no-user-config", "-display", "none", "-accel", accel,
             "-machine", f"{self.machine},memory-backend=pc.ram",
             "-m", f"{self.memory_size >> 20}M",
             # The x- option keeps the block's usual name, pc.ram, which a machine without a file
@@ -443,6 +442,11 @@ class _Monitor:
             self.run(self.client.disconnect(), 5.0)
         self._socket.close()
         self._loop.close()
+
+
+def qemu_binary() -> str:
+    """The QEMU to test with: the one that RDMA_MIG_QEMU names, or the one on the path."""
+    return os.environ.get("RDMA_MIG_QEMU", "qemu-system-x86_64")
 
 
 def free_port() -> int:
