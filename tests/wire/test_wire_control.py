@@ -146,6 +146,12 @@ def test_lengths_that_do_not_suit_the_type(kind, lengths):
             ControlMessage(kind, bytes(length)).encode()
 
 
+@pytest.mark.parametrize("length", [4, 1028])
+def test_limits_of_the_final_acknowledgement(length):
+    data = raw(ControlType.FINAL_ACK, bytes(length))
+    assert ControlMessage.decode(data).encode() == data
+
+
 def test_the_largest_message():
     data = ControlMessage(ControlType.QEMU_FILE, bytes(CONTROL_MAX_PAYLOAD)).encode()
     assert len(data) == CONTROL_MAX == 524288
@@ -238,6 +244,10 @@ def message(kind, *records):
         (
             ControlMessage(ControlType.QEMU_FILE, b"QEVM" * 5),
             "QEMU_FILE len=20 repeat=1 " + "5145564d" * 4 + "..",
+        ),
+        (
+            ControlMessage(ControlType.QEMU_FILE, b"QEVM" * 4),
+            "QEMU_FILE len=16 repeat=1 " + "5145564d" * 4,
         ),
         (
             ControlMessage(ControlType.REGISTER_RESULT, bytes(16)),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
+from rdma_mig.wire import description
 from rdma_mig.wire.description import (
     Description,
     DeviceInfo,
@@ -239,6 +240,16 @@ def test_too_long_a_description():
         parse_description(b"{" + bytes(64 << 20))
 
 
+def test_limits_of_the_length(monkeypatch):
+    monkeypatch.setattr(description, "DESCRIPTION_MAX", len(TEXT))
+    assert fed(tail(b"state")).complete
+    assert parse_description(TEXT).page_size == 4096
+    monkeypatch.setattr(description, "DESCRIPTION_MAX", len(TEXT) - 1)
+    assert not fed(tail(b"state")).complete
+    with pytest.raises(RemoteProtocolError, match="allowed are"):
+        parse_description(TEXT)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
@@ -254,7 +265,7 @@ JSON = st.recursive(
 @given(st.fixed_dictionaries({}, optional={"page_size": JSON, "devices": JSON}))
 def test_any_json_parses_or_is_refused(value):
     try:
-        description = parse_description(json.dumps(value).encode())
+        parsed = parse_description(json.dumps(value).encode())
     except RemoteProtocolError:
         return
-    assert len(description.devices) == len(value["devices"])
+    assert len(parsed.devices) == len(value["devices"])

@@ -394,6 +394,24 @@ def test_guest_addresses_only_with_ignore_shared():
     refused(encode_head("m") + encode_ram_start(1, blocks) + encode_hook(), "has word 0xfffc0000")
 
 
+def test_the_longest_names():
+    machine = "m" * 4096
+    # 16 bytes each with their length bytes: 4096 in all.
+    names = Capabilities(tuple(f"capability{at:05}" for at in range(256)))
+    head = encode_head(machine, [names])
+    start = encode_ram_start(2**32 - 1, [StreamBlock("n" * 255, 4096)])
+    events, _state = parse(head + start)
+    assert events[0] == StreamHead(head, machine, (names,))
+    assert events[1].blocks[0].idstr == "n" * 255
+    with pytest.raises(LocalProtocolError, match="capabilities have 4098 bytes"):
+        encode_head(machine, [Capabilities((*names.names, "x"))])
+
+
+def test_the_most_ram():
+    events, _state = parse(HEAD + encode_ram_start(1, [StreamBlock("a", 2**62)]))
+    assert events[1].total == 2**62
+
+
 def test_the_most_blocks():
     blocks = [StreamBlock(f"block{index}", 4096) for index in range(16383)]
     data = HEAD + encode_ram_start(1, blocks)
