@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--memory", default="4G", metavar="SIZE", help="memory of the machine (default %(default)s)")
+    add("--memory", default="4G", metavar="SIZE", help="such as 4G (default %(default)s)")
     add("--cpus", type=int, default=2, metavar="N", help="processors (default %(default)s)")
     add("--timeout", type=float, default=1800, metavar="SECONDS",
         help="for all, boot included (default %(default)s)")  # fmt: skip
@@ -143,7 +143,8 @@ def _run(options: argparse.Namespace, console: Path, work: Path) -> int:
         how = "KVM" if chosen == "kvm" else "software emulation"
         ready = f"ready after {time.monotonic() - began:.1f} s"
         hint = "; Ctrl-] ends it" if options.shell else ""
-        _tell(f"Linux {debian.version}, {how}, {options.cpus} CPUs, {options.memory}, {ready}{hint}")
+        size = f"{options.cpus} CPUs, {options.memory}"
+        _tell(f"Linux {debian.version}, {how}, {size}, {ready}{hint}")
         with _raw_terminal(options.shell):
             if options.shell:
                 machine.add_input(0, lambda data: _typed(machine, data))

@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from labvm.host import PROJECT, LabError
+from labvm.host import PROJECT, LabError, need
 
 DEVICE = "rxe0"
 PASSED_ON = re.compile(r"PATH|HOME|VIRTUAL_ENV|CI|(RDMA_|PY|MESONPY_|HYPOTHESIS_).*")
@@ -39,7 +39,11 @@ def hidden(wanted: list[Path], shares: list[Path]) -> list[Path]:
 
 
 def guest_files(
-    command: list[str], shares: list[Path], modules: Path, end: str, terminal: os.terminal_size | None
+    command: list[str],
+    shares: list[Path],
+    modules: Path,
+    end: str,
+    terminal: os.terminal_size | None,
 ) -> dict[str, bytes]:
     """Return what the guest's scripts read about this run; with `terminal`, the job gets one."""
     environment = dict(os.environ)
@@ -49,6 +53,8 @@ def guest_files(
     size = terminal or os.terminal_size((80, 24))
     config = {
         "LAB_MODULES": str(modules),
+        "LAB_IP": need("ip"),
+        "LAB_RDMA": need("rdma"),
         "LAB_TERMINAL": "no" if terminal is None else "yes",
         "LAB_ROWS": str(size.lines),
         "LAB_COLUMNS": str(size.columns),
