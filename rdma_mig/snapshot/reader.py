@@ -291,6 +291,7 @@ class Snapshot:
                 fd = _fs.open_file(name, self._dir)
             self._check_size(fd, Path(name), record.size)
             os.close(fd)
+        self._check_unlisted(len(self.blocks))
         for index, block in enumerate(self.blocks):
             for name, size in (
                 (ram_file(index), block.length),
@@ -298,6 +299,21 @@ class Snapshot:
             ):
                 with ExitStack() as stack:
                     self._check_size(self._open_ram(name, stack), Path(RAM, name), size)
+
+    def _check_unlisted(self, blocks: int) -> None:
+        # A manifest that lost an entry would restore a guest that lacks a block.
+        listed = {name(index) for index in range(blocks) for name in (ram_file, digest_file)}
+        with _fs.failing("open", self.path / RAM):
+            with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
+                more = sorted(Path(RAM, name) for name in set(os.listdir(ram)) - listed)
+            if self.manifest.description is None and DESCRIPTION in os.listdir(self._dir):
+                more.append(Path(DESCRIPTION))
+        if more:
+            raise SnapshotError(
+                f"{_fs.printable(self.path / MANIFEST)} does not list {_fs.printable(more[0])}, "
+                "which is there",
+                remedy=_DAMAGED,
+            )
 
     def _check_size(self, fd: int, name: Path, wanted: int) -> None:
         size = os.fstat(fd).st_size
