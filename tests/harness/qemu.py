@@ -179,7 +179,7 @@ class Qemu:
         traceback: TracebackType | None,
     ) -> None:
         """Kill the process; a failure that passes through gets a note of what it last said."""
-        if exc is not None and not isinstance(exc, HarnessError):
+        if exc is not None and self._epitaph() not in str(exc):
             exc.add_note(self._epitaph())
         self.close()
 
@@ -260,7 +260,7 @@ class Qemu:
         except (QMPError, EOFError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._running().wait(0.2)  # a monitor that closed is an exit whose status tells
-            raise self._error(f"failed: {what}: {error or type(error).__name__}") from error
+            raise self._error(f"failed: {what}: {error or type(error).__name__}") from None
 
     def qmp(self, command: str, deadline: float | None = None, **arguments: object) -> Any:
         """Execute a QMP command and return its result.

@@ -279,6 +279,23 @@ def test_leaving_ends_the_process_and_removes_its_files():
 
 
 @pytest.mark.qemu
+@pytest.mark.root
+def test_qemu_of_another_user_can_be_driven_and_read():
+    prefix = ["setpriv", "--bounding-set", "-ipc_lock", "--"]
+    with Qemu(owner=(65534, 65534), prefix=["prlimit", "--core=0", "--"]) as qemu:
+        assert Path(f"/proc/{qemu.pid}").stat().st_uid == 65534
+        qemu.wait_heartbeat(2)
+        qemu.stop()
+        bios = read_blocks(qemu)["pc.bios"]
+        assert qemu.pmemsave((1 << 32) - len(bios), len(bios)) == bios
+    with Qemu(prefix=prefix) as qemu:
+        status = Path(f"/proc/{qemu.pid}/status").read_text()
+        bounding = int(status.partition("CapBnd:")[2].split()[0], 16)
+        assert not bounding >> 14 & 1
+        qemu.wait_heartbeat(1)
+
+
+@pytest.mark.qemu
 def test_unclosed_one_warns_and_ends_too():
     qemu = Qemu()
     pid = qemu.pid
