@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. Debian 12 as root or with sudo; nothing is installed beforehand but make.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Passed on to pytest by `make test` and `make test-full`.
+PYTEST_ARGS ?=
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# What building, testing and the lab need of Debian.
+PACKAGES := binutils busybox-static gcc ibverbs-providers iproute2 kmod libc6-dev libibverbs-dev \
+	librdmacm-dev pkg-config python3-dev python3-pyverbs python3-venv qemu-system-x86 rdma-core
+
+export CMD
+
+# On a host with an RDMA device of its own, name it in RDMA_MIG_DEVICE: no lab is booted then.
+LAB := $(if $(RDMA_MIG_DEVICE),,tests/lab/run)
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: setup ## migrate a running QEMU guest onto disk and back, over RDMA
+	$(if $(LAB),$(LAB) --timeout 600 --) $(CURDIR)/$(BIN)/python demo/run
+
+.PHONY: test
+test: setup ## all tests, in 12 minutes at most; PYTEST_ARGS="-k name" selects
+	$(BIN)/python tests/lab/suite.py $(PYTEST_ARGS)
+
+.PHONY: test-full
+test-full: setup ## all tests, the larger and slower cells too
+	$(BIN)/python tests/lab/suite.py --full --limit 10800 $(PYTEST_ARGS)
+
+.PHONY: lab
+lab: setup ## a shell in a machine with an RDMA device (soft-RoCE)
+	tests/lab/run --timeout 86400 --shell
+
+.PHONY: lab-run
+lab-run: setup ## run a command in such a machine: make lab-run CMD="ibv_devinfo"
+	@[ -n "$$CMD" ] || { echo 'make lab-run: name the command: CMD="ibv_devinfo"' >&2; exit 2; }
+	tests/lab/run -- bash -c "$$CMD"
+
+.PHONY: lint
+lint: $(VENV)/.lint ## ruff, mypy, cython-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/cython-lint cext
+
+.PHONY: format
+format: $(VENV)/.lint ## format the Python sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: build
+build: setup ## sdist and wheel, into dist/
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -c 'import mesonpy; print(mesonpy.build_sdist("dist"))'
+
+.PHONY: setup
+setup: $(VENV)/.setup ## install what is missing, build, create .venv with an editable install
+
+.PHONY: install-deps
+install-deps: ## install the Debian packages that are missing
+	@missing=$$(for package in $(PACKAGES); do \
+		dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || \
+			echo $$package; \
+	done); \
+	[ -z "$$missing" ] && exit 0; \
+	command -v apt-get >/dev/null || { echo "make: no apt-get here; install:" $$missing >&2; exit 1; }; \
+	echo "installing:" $$missing; \
+	apt_install() { $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
+		--no-install-recommends -o Dpkg::Use-Pty=0 install $$missing; }; \
+	{ compgen -G '/var/lib/apt/lists/*Packages*' >/dev/null && apt_install; } || \
+		{ $(SUDO) apt-get -q update && apt_install; }
+
+# The distribution's python3-pyverbs belongs to /usr/bin/python3, and is seen from a venv with
+# system packages. Without build isolation an editable install can rebuild itself on import.
+$(VENV)/.setup: pyproject.toml meson.build meson.options cext/meson.build | install-deps
+	/usr/bin/python3 -m venv --system-site-packages $(VENV)
+	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	$(BIN)/pip install -q --no-build-isolation --config-settings=setup-args=-Dverbs=enabled \
+		-e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.setup
+	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; \
+		extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*(x for x in extras["dev"] if not x.startswith("rdma-mig")))')
+	@touch $@
+
+.PHONY: clean
+clean: ## remove what the other targets have made
+	rm -rf .lab $(VENV) build dist test-logs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All tests: those that run anywhere on this machine, those that need a device where one is.
+
+The device part runs on this machine where RDMA_MIG_DEVICE names its device, else in one boot of
+the lab. Arguments are passed on to pytest; paths and -k select from both parts (-m would undo the
+division between them). Started by `make test` and `make test-full`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import summary  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parents[2]
+LOGS = PROJECT / "test-logs"
+# Tests with these marks need what only the lab (or a host with a device, as root) has.
+DEVICE_MARKS = "(rdma or qemu or root)"
+# What remains after pytest is told to stop, for its report and the lab's end.
+GRACE_SECONDS = 40.0
+
+
+def pytest_command(marks: str, junit: Path, seconds: float, arguments: list[str]) -> list[str]:
+    """Return the command; `timeout` interrupts pytest, so that it still writes its results."""
+    limit = ["timeout", "--signal=INT", f"--kill-after={GRACE_SECONDS / 2:g}", f"{seconds:.0f}"]
+    pytest = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={junit}"]
+    return [*limit, *pytest, "-p", "no:cacheprovider", *arguments]
+
+
+def lab_command(seconds: float, command: list[str]) -> list[str]:
+    console = LOGS / "console.log"
+    options = ["--share", str(LOGS), "--log", str(console), "--timeout", f"{seconds:.0f}"]
+    return [str(PROJECT / "tests" / "lab" / "run"), *options, "--", *command]
+
+
+def run(label: str, command: list[str], junit: Path, selected: bool) -> summary.Part:
+    print(f"==== {label} ====", flush=True)
+    junit.unlink(missing_ok=True)
+    began = time.monotonic()
+    status = subprocess.run(command, cwd=PROJECT, stdin=subprocess.DEVNULL, check=False).returncode
+    # As a shell counts: a process that a signal ended.
+    status = 128 - status if status < 0 else status
+    return summary.read(label, status, time.monotonic() - began, junit, may_be_empty=selected)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--full", action="store_true", help="also the tests marked `full`")
+    parser.add_argument("--limit", type=float, default=720, help="seconds (default %(default)s)")
+    options, passed_on = parser.parse_known_args(arguments)
+    LOGS.mkdir(exist_ok=True)
+    deadline = time.monotonic() + options.limit
+    wanted = "" if options.full else " and not full"
+    selected = bool(passed_on)
+
+    native = LOGS / "native.xml"
+    parts = [
+        run(
+            "native",
+            pytest_command(
+                f"not {DEVICE_MARKS}{wanted}", native, options.limit - GRACE_SECONDS, passed_on
+            ),
+            native,
+            selected,
+        )
+    ]
+    device = LOGS / "device.xml"
+    # A native part that used up the time still leaves the device part a chance to say so.
+    left = max(deadline - time.monotonic(), 2 * GRACE_SECONDS)
+    command = pytest_command(f"{DEVICE_MARKS}{wanted}", device, left - GRACE_SECONDS, passed_on)
+    if os.environ.get("RDMA_MIG_DEVICE"):
+        label = f"device {os.environ['RDMA_MIG_DEVICE']}"
+    else:
+        label, command = "lab", lab_command(left, command)
+    parts.append(run(label, command, device, selected))
+
+    lines, status = summary.report(parts)
+    print("==== summary ====", *lines, sep="\n", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
