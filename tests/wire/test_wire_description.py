@@ -140,6 +140,9 @@ def test_memory_stays_bounded_and_long_state_is_quick():
     for _ in range(200):
         scanner.feed(piece)
         assert len(scanner._kept) <= 12
+    # Nor does a fitting length help what does not begin as an object.
+    scanner.feed(b"\0\6\0\x10\0\0x" + piece)
+    assert len(scanner._kept) <= 12
     # A feasible start keeps its bytes, until a NUL rules it out.
     scanner.feed(b"\0\6\0\x10\0\0{")
     scanner.feed(piece)
