@@ -256,7 +256,7 @@ class Snapshot:
         if wanted == _ZERO_DIGEST:
             same = done == 0 or _pages.is_zero(part)
         else:
-            same = done != 0 and xxhash.xxh3_128_digest(part) == wanted
+            same = xxhash.xxh3_128_digest(part) == wanted
         if not same:
             raise SnapshotError(
                 f"{_fs.printable(self.path / RAM / ram_file(index))} is damaged: RAM block "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ BLOCKS = (
 def noise(size: int, seed: int = 1) -> bytes:
     """Random bytes, the same each time."""
     return random.Random(seed).randbytes(size)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a Python child that imports this module."""
+    more = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, more))}
 
 
 def paint(memories: list[GuestMemory]) -> None:

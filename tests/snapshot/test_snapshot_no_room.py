@@ -37,14 +37,16 @@ def keep(reserve=MIB, between=None):
         writer.reserve([(block, memory)], reserve)
         if between:
             between(writer)
+        writer.write_ram(0)
         writer.append_device_state(kit.STATE)
         writer.set_description(kit.DESCRIPTION)
-        writer.write_ram(0)
+        if between:
+            between(writer)
         return kit.commit(writer)
 
 def fill_the_rest():
     try:
-        with open(base / "filler", "wb", buffering=0) as file:
+        with open(base / "filler", "ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
     except OSError as error:
@@ -88,7 +90,7 @@ def run(tmp_path, code, mount=""):
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(kit.__file__)},
+        env=kit.child_environment(),
     )
     assert child.returncode == 0, child.stderr
     assert child.stderr == ""
@@ -124,7 +126,7 @@ def test_zero_pages_need_no_room(tmp_path):
 
 def test_what_was_set_aside_nobody_else_can_take(tmp_path):
     """The point of it: full to the last block after `reserve`, and still all of it fits."""
-    code = "data(6 * MIB); working(lambda: keep(between=lambda writer: fill_the_rest()))"
+    code = "data(6 * MIB); working(lambda: keep(4096, between=lambda writer: fill_the_rest()))"
     _, told = run(tmp_path, code, tmpfs("16m"))
     assert told["left"] == ["filler", "vm"]
 
@@ -136,7 +138,7 @@ def test_what_was_set_aside_nobody_else_can_take_on_ext4(tmp_path):
     with image.open("wb") as file:
         file.truncate(48 * MIB)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True, capture_output=True)
-    code = "data(6 * MIB); working(lambda: keep(between=lambda writer: fill_the_rest()))"
+    code = "data(6 * MIB); working(lambda: keep(4096, between=lambda writer: fill_the_rest()))"
     _, told = run(tmp_path, code, f"mount -o loop {image} {{base}}")
     assert told["left"] == ["filler", "lost+found", "vm"]
 

@@ -251,7 +251,7 @@ def test_peak_memory_is_the_guests_and_little_more(tmp_path):
             capture_output=True,
             text=True,
             timeout=120,
-            env=os.environ | {"PYTHONPATH": os.path.dirname(kit.__file__)},
+            env=kit.child_environment(),
         )
         extra[what] = int(child.stdout) / MIB
     assert extra["write"] < 8
