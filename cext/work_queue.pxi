@@ -31,6 +31,7 @@ CANCELLED = 3
 FAILED = 4
 SILENT = 5
 INTERRUPTED = 6
+NEED_KEY = 7
 
 cdef enum:
     _WAIT_RECEIVE = 1
@@ -44,6 +45,7 @@ cdef enum:
     _FAILED = 4
     _SILENT = 5
     _INTERRUPTED = 6
+    _NEED_KEY = 7
 
 KINDS = {KIND_WRITE: "RDMA write", KIND_SEND: "send", KIND_RECEIVE: "receive",
          KIND_PROBE: "liveness probe"}

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # From guest pages to RDMA writes.
 
+cdef struct Keys:
+    uint32_t lkey
+    uint32_t rkey
+
 cdef struct Target:
     uint64_t local
     uint64_t remote
     uint64_t length
-    uint32_t lkey
-    uint32_t rkey
+    # One pair for the whole block, or one a chunk; an rkey of 0 is not known yet.
+    Keys *keys
+    uint64_t chunks
 
 
 cdef class WriteQueue:
@@ -21,7 +26,8 @@ cdef class WriteQueue:
         chunk_size: bytes of a chunk, counted from the block's first byte; a power of two.
         max_write: most bytes of one write made by save_runs().
         interrupted: called with a code other than DONE when posting has to wait and the wait is
-            interrupted; it raises, or returns when the queue shall go on.
+            interrupted; it raises, or returns when the queue shall go on. With NEED_KEY the run
+            in ``wanted`` lies in a chunk without keys: it calls set_chunk_keys() or skip().
     """
 
     cdef WorkQueue work
@@ -34,6 +40,11 @@ cdef class WriteQueue:
     cdef uint64_t pending_end
     cdef uint64_t pending_limit
     cdef int pending_block
+    cdef int wanted_block
+    cdef uint64_t wanted_start
+    cdef uint64_t wanted_length
+    cdef bint skipping
+    cdef bint dynamic
     cdef unsigned long thread
     cdef public int64_t deadline_ns
     cdef readonly uint64_t writes
@@ -56,22 +67,55 @@ cdef class WriteQueue:
         self.interrupted = interrupted
 
     def __dealloc__(self):
+        cdef int i
+        for i in range(self.count):
+            free(self.targets[i].keys)
         free(self.targets)
 
-    def set_targets(self, targets) -> None:
-        """Say where each block lies: a list of (local, lkey, remote, rkey, length), by index."""
+    def set_targets(self, targets, *, bint dynamic=False) -> None:
+        """Say where each block lies: a list of (local, lkey, remote, rkey, length), by index.
+
+        With ``dynamic`` the keys given are not used: each chunk gets its own, when it is first
+        written.
+        """
+        cdef Target *target
         if self.targets != NULL:
             raise ValueError("the targets are known already")
         self.targets = <Target *> calloc(max(len(targets), 1), sizeof(Target))
         if self.targets == NULL:
             raise MemoryError()
-        for i, (local, lkey, remote, rkey, length) in enumerate(targets):
-            self.targets[i].local = local
-            self.targets[i].lkey = lkey
-            self.targets[i].remote = remote
-            self.targets[i].rkey = rkey
-            self.targets[i].length = length
-        self.count = len(targets)
+        self.dynamic = dynamic
+        for local, lkey, remote, rkey, length in targets:
+            target = &self.targets[self.count]
+            target.local = local
+            target.remote = remote
+            target.length = length
+            target.chunks = 1
+            if dynamic:
+                target.chunks = (target.length + self.chunk_size - 1) // self.chunk_size
+            target.keys = <Keys *> calloc(max(target.chunks, 1), sizeof(Keys))
+            if target.keys == NULL:
+                raise MemoryError()
+            self.count += 1
+            if not dynamic:
+                target.keys[0].lkey = lkey
+                target.keys[0].rkey = rkey
+
+    def set_chunk_keys(self, int block, uint64_t chunk, uint32_t lkey, uint32_t rkey) -> None:
+        """Give a chunk its keys, in answer to NEED_KEY."""
+        if not 0 <= block < self.count or chunk >= self.targets[block].chunks or rkey == 0:
+            raise ValueError(f"no keys for chunk {chunk} of block {block}")
+        self.targets[block].keys[chunk].lkey = lkey
+        self.targets[block].keys[chunk].rkey = rkey
+
+    @property
+    def wanted(self):
+        """(block, offset, length) of the run that NEED_KEY is about."""
+        return self.wanted_block, self.wanted_start, self.wanted_length
+
+    def skip(self) -> None:
+        """Take the wanted run as done: it was sent in another way."""
+        self.skipping = True
 
     def open(self) -> None:
         """Begin a phase: pages are taken until close(), from this thread."""
@@ -113,11 +157,22 @@ cdef class WriteQueue:
     cdef int write(self, int block, uint64_t start, uint64_t length) noexcept nogil:
         """Post one write; anything but DONE means that nothing was posted."""
         cdef Target *target = &self.targets[block]
+        cdef Keys *keys = target.keys
         cdef ibv_sge sge
         cdef int result
+        if self.skipping:
+            self.skipping = False
+            return _DONE
+        if self.dynamic:
+            keys += start // self.chunk_size
+            if keys.rkey == 0:
+                self.wanted_block = block
+                self.wanted_start = start
+                self.wanted_length = length
+                return _NEED_KEY
         sge.addr = target.local + start
         sge.length = <uint32_t> length
-        sge.lkey = target.lkey
+        sge.lkey = keys.lkey
         while True:
             if self.work.has_failed:
                 return _FAILED
@@ -126,7 +181,7 @@ cdef class WriteQueue:
                 if result != _DONE:
                     return result
             result = self.work.post(KIND_WRITE, &sge, 1, IBV_WR_RDMA_WRITE,
-                                    target.remote + start, target.rkey)
+                                    target.remote + start, keys.rkey)
             if result == 0:
                 break
             if result != ENOMEM or self.work.writes_outstanding == 0:
@@ -194,12 +249,16 @@ cdef class WriteQueue:
 
     cdef int advance(self, int block, const uint64_t[:, ::1] runs, Py_ssize_t *i,
                      uint64_t *done) noexcept nogil:
-        cdef uint64_t length
+        cdef uint64_t start, length
         cdef int result
         while i[0] < runs.shape[0]:
             while done[0] < runs[i[0], 1]:
+                start = runs[i[0], 0] + done[0]
                 length = min(runs[i[0], 1] - done[0], self.max_write)
-                result = self.write(block, runs[i[0], 0] + done[0], length)
+                if self.dynamic:
+                    # A key covers its chunk and no more.
+                    length = min(length, self.chunk_size - start % self.chunk_size)
+                result = self.write(block, start, length)
                 if result != _DONE:
                     return result
                 done[0] += length

@@ -76,7 +76,8 @@ class Completed(MigrationEvent):
         writes: RDMA writes posted; 0 at a destination, which does not see them.
         setup_seconds: populating and registering memory, and agreeing on the blocks.
         transfer_seconds: from there to the last byte of the stream.
-        writing_seconds: writing the snapshot (incoming) or loading it (outgoing).
+        writing_seconds: setting disk space aside and writing the snapshot (incoming), or loading
+            it (outgoing).
         bytes_per_second: bytes / transfer_seconds.
         path: the snapshot's directory.
         peer: the other end.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import MigrationError
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.migration.events import Connected, Listening
+from rdma_mig.migration.events import Connected, Listening, Warned
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.transport.control import TransportLimits
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
@@ -33,15 +33,15 @@ class RdmaOptions:
     """Options of a migration over RDMA.
 
     Attributes:
-        pin_all: register all RAM at the start (QEMU's capability rdma-pin-all); outgoing only,
-            since a destination does as the source asks.
+        pin_all: register all RAM at the start (QEMU's capability rdma-pin-all) instead of chunk
+            by chunk on first use; outgoing only, since a destination does as the source asks.
         total_seconds: limit on the whole migration; None for none.
         stall_seconds: how long a live peer may say nothing; None for ever.
         accept_seconds: limit on the wait for a source; None for none.
         endpoint: sizes and limits of the connection.
     """
 
-    pin_all: bool = True
+    pin_all: bool = False
     total_seconds: float | None = None
     stall_seconds: float | None = None
     accept_seconds: float | None = None
@@ -153,10 +153,15 @@ def _outgoing(
         migration.cancellation,
         options.endpoint,
         TransportLimits(options.total_seconds, options.stall_seconds),
+        pin_all=options.pin_all,
     )
     try:
         migration.state.status = MigrationStatus.ACTIVE
         migration.emit(Connected(transport.peer, transport.device, transport.pin_all))
+        if options.pin_all and not transport.pin_all:
+            migration.emit(
+                Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used")
+            )
         save(migration, QEMUFile(transport, transport), transport)
     except MigrationError:
         transport.abort()

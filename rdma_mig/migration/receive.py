@@ -76,6 +76,7 @@ class SnapshotDestination:
         self._began = 0.0
         self._transferred = 0.0
         self._written = 0.0
+        self._reserved = 0.0
 
     def close(self) -> None:
         """Free the guest's memory; remove what was written unless it is to be kept."""
@@ -186,10 +187,12 @@ class SnapshotDestination:
         """
         assert self._ram is not None
         transport.withdraw_keys()
+        began = time.monotonic()
         self._nonzero = self.writer.reserve(
             [(guest.block, guest.memory) for guest in self._ram],
             should_stop=lambda: migration.cancellation.requested,
         )
+        self._reserved = time.monotonic() - began
         self.writer.keep_on_failure = True
         migration.state.owner = _COMMITTED
 
@@ -247,7 +250,7 @@ class SnapshotDestination:
             )
         except MigrationError as error:
             if transport.final_ack:
-                transport.acknowledge(FinalAck(1, error.message[:1000]))
+                transport.acknowledge(FinalAck.fitted(1, error.message))
             raise
         self._written = time.monotonic()
         confirmed = "the source ended the connection after the whole stream"
@@ -260,7 +263,8 @@ class SnapshotDestination:
         state.setup_seconds = transport.setup_seconds
         state.bytes_transferred = total
         state.owner = f"the virtual machine is whole in {path}"
-        transfer = max(self._transferred - self._began - transport.setup_seconds, 1e-9)
+        streamed = self._transferred - self._began
+        transfer = max(streamed - transport.setup_seconds - self._reserved, 1e-9)
         migration.emit(
             Completed(
                 bytes=total,
@@ -271,7 +275,7 @@ class SnapshotDestination:
                 writes=0,
                 setup_seconds=round(transport.setup_seconds, 6),
                 transfer_seconds=round(transfer, 6),
-                writing_seconds=round(self._written - began, 6),
+                writing_seconds=round(self._reserved + self._written - began, 6),
                 bytes_per_second=round(total / transfer, 1),
                 path=str(path),
                 peer=transport.peer,

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
+from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import HostError, LocalProtocolError, RemoteProtocolError
+from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
+from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_range
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
 from rdma_mig.verbs.cm import Listener
@@ -19,9 +22,18 @@ from rdma_mig.wire.control import (
     ControlType,
     FinalAck,
     RamBlockRecord,
+    RegisterResult,
+    ZeroRun,
+    check_register,
+    check_unregister,
+    check_zero_run,
+    decode_register_requests,
     encode_ram_blocks,
 )
 from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+
+if TYPE_CHECKING:
+    from rdma_mig import _verbs
 
 __all__ = ["IncomingListener", "RdmaIncoming"]
 
@@ -93,6 +105,8 @@ class RdmaIncoming:
         self._ram: GuestRam | None = None
         self._names: list[str] = []
         self._exchanged = False
+        # (block, first chunk) -> its region, and how many chunks beyond the first it covers.
+        self._chunks: dict[tuple[int, int], tuple[_verbs.MemoryRegion, int]] = {}
 
     @property
     def peer(self) -> str:
@@ -171,11 +185,12 @@ class RdmaIncoming:
                         )
                     self.phases += 1
                     return
-                case ControlType.REGISTER_REQUEST | ControlType.COMPRESS if not self.pin_all:
-                    raise HostError(
-                        f"{self.peer} registers memory dynamically, which is not supported yet",
-                        remedy="switch the capability rdma-pin-all on at the source",
-                    )
+                case ControlType.REGISTER_REQUEST if self._exchanged and not self.pin_all:
+                    self._answer_register(self._ram, message)
+                case ControlType.COMPRESS if self._exchanged and not self.pin_all:
+                    self._clear(self._ram, message)
+                case ControlType.UNREGISTER_REQUEST if self._exchanged and not self.pin_all:
+                    self._answer_unregister(self._ram, message)
                 case _:
                     raise RemoteProtocolError(
                         f"{self.peer} sent {message.type.name} in a registration phase"
@@ -208,11 +223,68 @@ class RdmaIncoming:
         self.control.post(ControlMessage(ControlType.RAM_BLOCKS_RESULT, encode_ram_blocks(records)))
         self._exchanged = True
 
+    # ---- dynamic registration ----
+
+    def _extents(self, ram: GuestRam) -> list[tuple[int, int]]:
+        return [(guest.offset, guest.block.length) for guest in ram]
+
+    def _answer_register(self, ram: GuestRam, message: ControlMessage) -> None:
+        """Register what is asked for and no more, once a chunk; answer with the key."""
+        results = []
+        for record in decode_register_requests(message.payload):
+            first = check_register(record, self._extents(ram)).start
+            guest = ram[record.block_index]
+            key = (guest.index, first)
+            region = self._chunks.get(key)
+            if region is None or region[1] < record.chunks:
+                start, _size = chunk_range(first, guest.block.length)
+                last, size = chunk_range(first + record.chunks, guest.block.length)
+                region = (
+                    self._endpoint.register(
+                        guest.memory.address + start,
+                        last + size - start,
+                        what=f"RAM block {guest.block.idstr}",
+                        remote_write=True,
+                        holder=guest.memory.hold("its memory region"),
+                    ),
+                    record.chunks,
+                )
+                self._chunks[key] = region
+            results.append(RegisterResult(region[0].rkey, guest.memory.address).encode())
+        self.control.post(
+            ControlMessage(ControlType.REGISTER_RESULT, b"".join(results), message.repeat)
+        )
+
+    def _answer_unregister(self, ram: GuestRam, message: ControlMessage) -> None:
+        """Withdraw the keys of chunks: a write with an old one fails from now on."""
+        for record in decode_register_requests(message.payload):
+            for chunk in check_unregister(record, self._extents(ram)):
+                region = self._chunks.pop((record.block_index, chunk), None)
+                if region is not None:
+                    self._endpoint.deregister(region[0])
+        self.control.post(ControlMessage(ControlType.UNREGISTER_FINISHED, repeat=message.repeat))
+
+    def _clear(self, ram: GuestRam, message: ControlMessage) -> None:
+        """Make a range zero, without allocating what was never written."""
+        run = ZeroRun.decode(message.payload)
+        start = check_zero_run(run, self._extents(ram))
+        guest = ram[run.block_index]
+        end = start + run.length
+        with guest.memory.view() as view:
+            at = guest.memory.next_data(start)
+            while at is not None and at < end:
+                stop = min(at + CHUNK_SIZE, end)
+                with view[at:stop] as part:
+                    if not _pages.is_zero(part):
+                        part[:] = bytes(len(part))
+                at = guest.memory.next_data(stop)
+
     # ---- the end ----
 
     def withdraw_keys(self) -> None:
         """Deregister all RAM: from here on nobody but this process can change it."""
         self._endpoint.deregister_all()
+        self._chunks.clear()
 
     def acknowledge(self, ack: FinalAck) -> None:
         """Tell the source whether RAM and device state are whole and on disk."""

@@ -8,11 +8,13 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import HostError, LocalProtocolError, RemoteProtocolError
+from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
-from rdma_mig.memory.blocks import CHUNK_SIZE
+from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
 from rdma_mig.memory.ram import GuestBlock, GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
 from rdma_mig.verbs.cm import connect
@@ -24,10 +26,17 @@ from rdma_mig.wire.control import (
     ControlMessage,
     ControlType,
     FinalAck,
+    RamBlockRecord,
+    RegisterRecord,
+    ZeroRun,
     decode_ram_blocks,
+    decode_register_results,
 )
 from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
 from rdma_mig.wire.stream import encode_hook
+
+if TYPE_CHECKING:
+    from rdma_mig import _verbs
 
 __all__ = ["RdmaOutgoing"]
 
@@ -36,6 +45,9 @@ _SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
 # One write of all RAM would be quickest, but a wait could not be cancelled within it.
 _MAX_WRITE = 8 << 20
 _STREAM_MESSAGE = 32768
+
+# A QEMU destination ends the connection itself, some 50 ms after the last byte.
+_DISCONNECT_SECONDS = 5.0
 
 
 class RdmaOutgoing:
@@ -47,10 +59,13 @@ class RdmaOutgoing:
         cancel: ends every wait.
         options: sizes and limits of the connection.
         limits: on the waits once it is up.
+        pin_all: ask for the registration of all RAM at the start; a destination that refuses it
+            gets RAM chunk by chunk.
 
     Attributes:
         peer: HOST:PORT of the destination.
         pin_all: both ends pin all RAM.
+        zero_bytes: bytes of zero runs that were announced instead of written.
         final_ack: the destination says at the end whether RAM and state are whole and on disk.
         setup_seconds: populating, registering and agreeing on the blocks.
     """
@@ -62,6 +77,8 @@ class RdmaOutgoing:
         cancel: Cancel,
         options: EndpointOptions,
         limits: TransportLimits,
+        *,
+        pin_all: bool,
     ) -> None:
         self._verbs = load()
         self._ram = ram
@@ -69,19 +86,16 @@ class RdmaOutgoing:
         self._limits = limits
         self._deadline = Deadline.after(None)
         self.setup_seconds = 0.0
+        self.zero_bytes = 0
         self._thread = threading.get_ident()
         self._exchanged = False
-        asked = PrivateData(1, FLAG_PIN_ALL, Extension(FEATURE_FINAL_ACK, secrets.randbits(64)))
+        self._records: list[RamBlockRecord] = []
+        extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
+        asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
         self._endpoint = connect(address.host, address.port, asked.encode(), cancel, options)
         try:
             granted = PrivateData.decode(self._endpoint.private_data)
-            self.pin_all = granted.pin_all
-            if not self.pin_all:
-                raise HostError(
-                    f"{self._endpoint.peer} does not grant pin-all registration",
-                    remedy="dynamic registration is not supported yet: use a destination that "
-                    "grants rdma-pin-all",
-                )
+            self.pin_all = pin_all and granted.pin_all
             self.final_ack = bool(
                 granted.extension and granted.extension.features & FEATURE_FINAL_ACK
             )
@@ -117,6 +131,9 @@ class RdmaOutgoing:
         return int(self._queue.writes)
 
     def _interrupted(self, outcome: int) -> None:
+        if outcome == self._verbs.NEED_KEY:
+            self._ask_for_key(*self._queue.wanted)
+            return
         self._endpoint.interrupted(outcome, "room in the send queue", self._deadline)
 
     def _own_thread(self) -> None:
@@ -195,13 +212,61 @@ class RdmaOutgoing:
         rows = runs.cast("B").cast("Q", [len(runs) // 2, 2])
         return int(self._queue.save_runs(guest.index, rows))
 
+    def _ask_for_key(self, index: int, start: int, length: int) -> None:
+        """Deal with a run in a chunk that has no keys yet (docs/protocol.md, RAM phases).
+
+        A run that is wholly zero needs none: the destination clears it by itself. Otherwise the
+        chunk is registered at both ends, and only that chunk.
+        """
+        guest, record = self._ram[index], self._records[index]
+        address = record.offset + start
+        with guest.memory.view() as view, view[start : start + length] as run:
+            zero = _pages.is_zero(run)
+        if zero:
+            message = ZeroRun(0, index, address, length).encode()
+            self.control.send(ControlMessage(ControlType.COMPRESS, message))
+            self.zero_bytes += length
+            self._queue.skip()
+            return
+        chunk = chunk_of(start)
+        first, size = chunk_range(chunk, guest.block.length)
+        region: list[_verbs.MemoryRegion] = []
+
+        def register() -> None:
+            region.append(
+                self._endpoint.register(
+                    guest.memory.address + first,
+                    size,
+                    what=f"RAM block {guest.block.idstr}",
+                    remote_write=False,
+                    holder=guest.memory.hold("its memory region"),
+                )
+            )
+
+        reply = self.control.request(
+            ControlMessage(
+                ControlType.REGISTER_REQUEST, RegisterRecord(address, index, 0).encode()
+            ),
+            ControlType.REGISTER_RESULT,
+            meanwhile=register,
+        )
+        result = decode_register_results(reply.payload)[0]
+        if result.host_address != record.host_address:
+            raise RemoteProtocolError(
+                f"{self.peer} says that RAM block {index} lies at {result.host_address:#x} and "
+                f"said {record.host_address:#x} before"
+            )
+        self._queue.set_chunk_keys(index, chunk, region[0].lkey, result.rkey)
+
     # ---- setup ----
 
     def _exchange_blocks(self) -> None:
         began = time.monotonic()
-        regions: list[tuple[int, int]] = []
+        regions: list[tuple[int, int]] = [(guest.memory.address, 0) for guest in self._ram]
 
         def register() -> None:
+            if not self.pin_all:
+                return
             self._ram.populate(lambda: self._cancel.requested)
             for guest in self._ram:
                 region = self._endpoint.register(
@@ -211,7 +276,7 @@ class RdmaOutgoing:
                     remote_write=False,
                     holder=guest.memory.hold("its memory region"),
                 )
-                regions.append((region.address, region.lkey))
+                regions[guest.index] = (region.address, region.lkey)
 
         # Both ends pin at the same time: the destination while we wait for its answer.
         reply = self.control.request(
@@ -221,7 +286,7 @@ class RdmaOutgoing:
         )
         records = decode_ram_blocks(reply.payload, self._ram.lengths)
         for index, record in enumerate(records):
-            if record.rkey == 0:
+            if self.pin_all and record.rkey == 0:
                 raise RemoteProtocolError(
                     f"{self.peer} granted pin-all and sent no key for RAM block {index}"
                 )
@@ -229,8 +294,10 @@ class RdmaOutgoing:
             [
                 (address, lkey, record.host_address, record.rkey, record.length)
                 for (address, lkey), record in zip(regions, records, strict=True)
-            ]
+            ],
+            dynamic=not self.pin_all,
         )
+        self._records = records
         self._exchanged = True
         self.setup_seconds = time.monotonic() - began
 
@@ -256,8 +323,9 @@ class RdmaOutgoing:
         return FinalAck.decode(message.payload)
 
     def finish(self) -> None:
-        """Let the destination end the connection, then end it here; keys are gone afterwards."""
-        self._endpoint.wait_disconnected(5.0)
+        """End the connection; a QEMU, which acknowledges nothing, is given time to do it first."""
+        if not self.final_ack:
+            self._endpoint.wait_disconnected(_DISCONNECT_SECONDS)
         self.close()
 
     def abort(self) -> None:

@@ -206,6 +206,11 @@ class Endpoint:
         self._regions.append(region)
         return region
 
+    def deregister(self, region: _verbs.MemoryRegion) -> None:
+        """Withdraw one key given out by register()."""
+        self._regions.remove(region)
+        region.close()
+
     def deregister_all(self) -> None:
         """Withdraw every key given out by register(): nobody else can change that memory now."""
         while self._regions:
