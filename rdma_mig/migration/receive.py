@@ -77,11 +77,14 @@ class SnapshotDestination:
         self._transferred = 0.0
         self._written = 0.0
         self._reserved = 0.0
+        self._committed = False
 
     def close(self) -> None:
         """Free the guest's memory; remove what was written unless it is to be kept."""
         if self._ram is not None:
             self._ram.close()
+        if self.writer.keep_on_failure and not self._committed:
+            self.writer.keep_incomplete()
         self.writer.abandon()
 
     def process(self, migration: Migration, file: QEMUFile, transport: RdmaIncoming) -> None:
@@ -252,6 +255,7 @@ class SnapshotDestination:
             if transport.final_ack:
                 transport.acknowledge(FinalAck.fitted(1, error.message))
             raise
+        self._committed = True
         self._written = time.monotonic()
         confirmed = "the source ended the connection after the whole stream"
         if transport.final_ack:

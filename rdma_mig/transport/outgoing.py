@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
+from rdma_mig.errors import LocalProtocolError, MigrationTimeout, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
 from rdma_mig.memory.ram import GuestBlock, GuestRam
@@ -20,7 +20,7 @@ from rdma_mig.transport.control import ControlChannel, TransportLimits
 from rdma_mig.verbs.cm import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.loading import load
-from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.waits import Cancel
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
     ControlMessage,
@@ -84,7 +84,6 @@ class RdmaOutgoing:
         self._ram = ram
         self._cancel = cancel
         self._limits = limits
-        self._deadline = Deadline.after(None)
         self.setup_seconds = 0.0
         self.zero_bytes = 0
         self._thread = threading.get_ident()
@@ -106,6 +105,7 @@ class RdmaOutgoing:
                 max_write=min(_MAX_WRITE, self._endpoint.max_message),
                 interrupted=self._interrupted,
             )
+            self._queue.deadline_ns = limits.total.ns
         except BaseException:
             self._endpoint.close()
             raise
@@ -134,7 +134,7 @@ class RdmaOutgoing:
         if outcome == self._verbs.NEED_KEY:
             self._ask_for_key(*self._queue.wanted)
             return
-        self._endpoint.interrupted(outcome, "room in the send queue", self._deadline)
+        self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
 
     def _own_thread(self) -> None:
         if threading.get_ident() != self._thread:
@@ -183,11 +183,26 @@ class RdmaOutgoing:
             if not self._queue.is_open:
                 raise LocalProtocolError("the end of a RAM phase that did not begin")
             self._queue.flush()
-            self._endpoint.wait(
-                self._verbs.WAIT_WRITES, "the completion of all writes", self._limits.next_wait()
-            )
+            self._wait_writes()
             self._queue.close()
         self.control.send(ControlMessage(ControlType.REGISTER_FINISHED))
+
+    def _wait_writes(self) -> None:
+        """Wait until every write has completed; as long as some do, that is no stall."""
+        work = self._endpoint.queue
+        while True:
+            before = work.completions
+            try:
+                self._endpoint.wait(
+                    self._verbs.WAIT_WRITES,
+                    "the completion of all writes",
+                    self._limits.next_wait(),
+                )
+            except MigrationTimeout:
+                if work.completions > before and not self._limits.total.passed:
+                    continue
+                raise
+            return
 
     def load_hook(self, file: QEMUFile, flags: int, data: object) -> None:
         """Only a destination loads."""
