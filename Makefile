@@ -15,6 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # What building, testing and the lab need of Debian.
 PACKAGES := binutils busybox-static gcc ibverbs-providers iproute2 kmod libc6-dev libibverbs-dev \
 	librdmacm-dev pkg-config python3-dev python3-pyverbs python3-venv qemu-system-x86 rdma-core
+# An sdist is what git knows of the sources.
+test test-full build: PACKAGES += git
 
 export CMD
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import summary  # noqa: E402
+import summary
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOGS = PROJECT / "test-logs"

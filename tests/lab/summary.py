@@ -4,9 +4,9 @@
 It fails closed: a run that left no file, ended early, or ran nothing is a failure.
 """
 
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 # pytest's exit statuses that go with a whole account: all passed, some failed.
 WHOLE = (0, 1)
@@ -102,9 +102,13 @@ def report(parts: list[Part]) -> tuple[list[str], int]:
     lines += [f"PROBLEM {problem}" for problem in problems]
     if count["skipped"]:
         lines.append("A test that was skipped has shown nothing: the run counts as failed.")
-    shares = ", ".join(f"{part.label} {len(part.cases)} in {part.seconds:.0f} s" for part in parts)
-    extra = "".join(f", {count[o]} {o}" for o in ("skipped", "xfailed") if count[o])
-    extra += f", {len(problems)} problem(s)" if problems else ""
-    lines.append(f"{count['passed']} passed, {count['failed']} failed{extra} ({shares})")
+    if count["xfailed"]:
+        lines.append(f"{count['xfailed']} failed as expected")
+    shares = [f"{part.label} {len(part.cases)} in {part.seconds:.0f} s" for part in parts]
+    lines.append(f"tests run: {', '.join(shares)}")
+    # This form alone on the last line, since tools that read test logs look for it. What went
+    # wrong beside the tests counts as a failure of its own.
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    lines.append(f"{count['passed']} passed, {count['failed'] + len(problems)} failed{skipped}")
     bad = bool(problems or count["failed"] or count["skipped"])
     return lines, int(bad)
