@@ -8,11 +8,18 @@ is imported when it is first used, and says what to install when it is missing.
 
 from __future__ import annotations
 
-from importlib import metadata
-
 __all__ = ["__version__"]
 
-try:
-    __version__: str = metadata.version("rdma-mig")
-except metadata.PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """Look the version up when it is asked for: reading metadata takes as long as all else."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    try:
+        return metadata.version("rdma-mig")
+    except metadata.PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rdma_mig import __version__
 from rdma_mig.cli import incoming, inspect, outgoing
 from rdma_mig.errors import ExitStatus, MigrationError
 
@@ -35,7 +33,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ExitStatus.USAGE, f"rdma-migrate: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    """Works the version out only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(version_text())
+        parser.exit()
+
+
 def _built(module: str) -> bool:
+    import importlib.util
+
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -44,6 +52,8 @@ def _built(module: str) -> bool:
 
 def version_text() -> str:
     """Return what ``--version`` prints: the version, and what of it can be used here."""
+    from rdma_mig import __version__
+
     layer = "with" if _built("rdma_mig._verbs") else "without"
     pyverbs = "found" if _built("pyverbs") else "not found"
     return f"rdma-migrate {__version__} ({layer} RDMA layer, pyverbs {pyverbs})"
@@ -57,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=version_text())
+    parser.add_argument("--version", action=_Version, nargs=0, help="show version and exit")
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_Parser
     )
