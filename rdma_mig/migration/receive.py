@@ -7,7 +7,13 @@ import time
 from pathlib import Path
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import HostError, MigrationError, PeerGone, RemoteProtocolError
+from rdma_mig.errors import (
+    HostError,
+    MigrationError,
+    PeerGone,
+    RemoteProtocolError,
+    SnapshotError,
+)
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE, RamBlock
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Completed, Progress, Warned
@@ -104,10 +110,8 @@ class SnapshotDestination:
             if not error.owner:
                 error.owner = migration.state.owner
             if self.writer.keep_on_failure and self.writer.kept_at is None:
-                kept = self.writer.keep_incomplete()
-                error.remedy = "; ".join(
-                    part for part in (f"what arrived is kept in {kept}", error.remedy) if part
-                )
+                kept = self._rescue(migration)
+                error.remedy = "; ".join(part for part in (kept, error.remedy) if part)
             raise
 
     # ---- RAM ----
@@ -220,6 +224,21 @@ class SnapshotDestination:
                 raise
 
     # ---- keeping it ----
+
+    def _rescue(self, migration: Migration) -> str:
+        """Keep what there is after a failure behind the commit point; say what, and where.
+
+        Writing RAM takes as long as it takes; after a cancellation nobody wants to wait for it.
+        """
+        what = "device state without RAM"
+        if not migration.cancellation.requested and self._ram is not None:
+            try:
+                for guest in self._ram:
+                    self.writer.write_ram(guest.index)
+                what = "RAM and device state as far as it came"
+            except SnapshotError:
+                what = "what could be written"
+        return f"kept in {self.writer.keep_incomplete()}: {what}"
 
     def _keep(self, migration: Migration, transport: RdmaIncoming) -> None:
         assert self._head is not None
