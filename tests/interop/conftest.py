@@ -1,7 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes ``import harness`` work (tests/harness), however pytest was started."""
+"""Makes ``import harness`` work however pytest was started; deadlines, and nothing left behind."""
 
+from __future__ import annotations
+
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import support
+from harness import Guest, Qemu, fill_random
+
+_DEADLINE = 180.0  # seconds, unless the test is marked with another
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", f"deadline(seconds): the test is ended after so long ({_DEADLINE:g} by default)"
+    )
+
+
+class DeadlineExceeded(BaseException):
+    """A test took too long. No Exception, so that nothing under test takes it for its own."""
+
+
+@pytest.fixture(autouse=True)
+def _deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End a test that hangs, so that its `finally` parts still run and what they know is shown."""
+    marker = request.node.get_closest_marker("deadline")
+    seconds = marker.args[0] if marker else _DEADLINE
+    if request.node.get_closest_marker("rdma"):
+        seconds = support.patience(seconds)
+
+    def on_alarm(_number: int, _frame: FrameType | None) -> None:
+        raise DeadlineExceeded(f"not through after {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test with a device that leaves a process, a file in /dev/shm or a verbs object."""
+    if not request.node.get_closest_marker("rdma"):
+        yield
+        return
+    before = support.traces()
+    yield
+    # The kernel takes a moment to give back what a killed process had.
+    end = time.monotonic() + support.patience(5)
+    while left := support.traces().beyond(before):
+        if time.monotonic() > end:
+            pytest.fail("left behind: " + "; ".join(left), pytrace=False)
+        time.sleep(0.05)
+
+
+class SharedQemu:
+    """A running QEMU that one test after the other uses, started when it is first needed.
+
+    Sharing it is more than thrift: each failed migration is followed by others from the same QEMU,
+    whose guest has to have survived it.
+    """
+
+    guest = Guest.dirtying(4)
+    random = (24 * support.MIB, 36 * support.MIB)  # start and length, where the guest does not go
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._qemu: Qemu | None = None
+
+    def get(self) -> Qemu:
+        """The QEMU, its guest running; another one when the last was lost or does not run."""
+        if self._qemu is not None and not self._usable(self._qemu):
+            self.close()
+        if self._qemu is None:
+            qemu = Qemu(
+                guest=self.guest, name="source", timeout=support.patience(60), **self._options
+            )
+            self._qemu = qemu
+            support.SHARED.append(qemu)
+            qemu.set_capability("rdma-pin-all")
+            # Not zero, so that it takes room on disk; not above what a migration has to carry.
+            fill_random(qemu.memory_path, 1, *self.random)
+            qemu.wait_heartbeat(2)
+        self._qemu.set_parameter("max-bandwidth", 0)
+        return self._qemu
+
+    @staticmethod
+    def _usable(qemu: Qemu) -> bool:
+        try:
+            return qemu.status() == "running"
+        except Exception:  # it is gone, or answers no more: whatever it says, it is replaced
+            return False
+
+    def close(self) -> None:
+        """End it."""
+        if self._qemu is not None:
+            support.SHARED.remove(self._qemu)
+            self._qemu.close()
+            self._qemu = None
+
+
+@pytest.fixture(scope="session")
+def _shared_source() -> Iterator[SharedQemu]:
+    shared = SharedQemu(machine="q35")
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def source(_shared_source: SharedQemu) -> Qemu:
+    """A QEMU with pin-all whose guest runs, dirties memory, and has 36 MiB of random data."""
+    return _shared_source.get()

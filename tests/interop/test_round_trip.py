@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest goes out of a QEMU onto disk, from there onto another disk, and into another QEMU.
+
+One scenario runs all three, on every machine and with every kind of guest, and compares every
+byte at each step.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness import (
+    Guest,
+    Qemu,
+    differences,
+    fill_random,
+    free_port,
+    guest_counters,
+    heartbeats_in,
+    read_blocks,
+    snapshot_blocks,
+)
+from harness.files import Buffer
+from support import (
+    Command,
+    Incoming,
+    Size,
+    check_events,
+    data_bytes,
+    disk_bytes,
+    outgoing,
+    patience,
+    rdma_uri,
+    sizes,
+)
+
+pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
+
+# An option ROM is a RAM block of its own.
+DEVICES = ["-device", "e1000"]
+# Rounds that a dirtying guest is made to go through before the migration may end.
+ROUNDS = 3
+
+
+@pytest.mark.deadline(240)
+@pytest.mark.parametrize("size", sizes())
+@pytest.mark.parametrize("kind", ["paused", "idle", "dirtying"])
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_guest_goes_out_and_comes_back(machine: str, kind: str, size: Size, tmp_path: Path):
+    guest = Guest.dirtying(size.dirty) if kind == "dirtying" else Guest.idle()
+    paused = kind == "paused"
+    first, second = tmp_path / "first", tmp_path / "second"
+    port = free_port()
+
+    def qemu(name: str, *, stopped: bool, incoming: str | None = None) -> Qemu:
+        return Qemu(
+            machine=machine, guest=guest, memory_mib=size.memory, extra=DEVICES, name=name,
+            paused=stopped, incoming=incoming, timeout=patience(60),
+        )  # fmt: skip
+
+    began = time.monotonic()
+    # All are started before any is used: they start beside each other.
+    with (
+        Incoming(first) as into_first,
+        Incoming(second) as into_second,
+        qemu("source", stopped=paused) as source,
+        qemu("destination", stopped=True, incoming=rdma_uri(port)) as dest,
+    ):
+        if paused:
+            fill_random(source.memory_path, size.memory, 0, source.memory_size)
+        else:
+            source.wait_heartbeat(3)
+        migrate_out(source, into_first, dirtying=kind == "dirtying")
+        done = check_events(into_first.succeed(), time.monotonic() - began)
+        blocks = read_blocks(source)
+        check_snapshot(first, blocks, done)
+        if kind == "dirtying":
+            assert done["rounds"] > ROUNDS
+
+        began = time.monotonic()
+        with (
+            outgoing(first, into_second.uri) as to_second,
+            outgoing(first, rdma_uri(port)) as to_qemu,
+            Command("inspect", first, "--verify") as verify,
+        ):
+            check_events(to_qemu.succeed(), time.monotonic() - began)
+            check_events(to_second.succeed(), time.monotonic() - began)
+            assert "every byte agrees with its digest" in verify.succeed().stdout
+        check_events(into_second.succeed(), time.monotonic() - began)
+        assert into_second.event("completed")["path"] == str(second)
+        equal = subprocess.run(
+            ["diff", "-r", first, second], capture_output=True, text=True, check=False
+        )
+        assert (equal.returncode, equal.stdout + equal.stderr) == (0, "")
+        check_arrived(source, dest, blocks, guest, runs=not paused)
+
+
+def migrate_out(source: Qemu, into: Incoming, *, dirtying: bool) -> None:
+    """Migrate, a dirtying guest in several rounds, and leave the source in postmigrate."""
+    source.set_capability("rdma-pin-all")
+    source.set_parameter("max-bandwidth", 0)
+    if dirtying:
+        # No device is fast enough to end within this, so there will be rounds on every one.
+        source.set_parameter("downtime-limit", 1)
+    source.migrate(into.uri)
+    if dirtying:
+        source.wait(
+            f"{ROUNDS} rounds",
+            lambda: source.query_migrate().get("ram", {}).get("dirty-sync-count", 0) > ROUNDS,
+        )
+        source.set_parameter("downtime-limit", 60000)
+    source.wait_migration()
+    assert source.wait_status("postmigrate") == "postmigrate"
+
+
+def check_snapshot(directory: Path, blocks: dict[str, Buffer], done: dict[str, object]) -> None:
+    """Compare a snapshot with the RAM of the stopped source, and both with what was reported."""
+    kept = snapshot_blocks(directory)
+    assert differences(blocks, kept) == []
+    assert done["path"] == str(directory)
+    assert done["bytes"] == sum(len(data) for data in blocks.values())
+    assert done["nonzero_bytes"] == data_bytes(blocks)
+    assert done["device_state_bytes"] == (directory / "vmstate.bin").stat().st_size
+    # Zero pages take no disk; the digests of each block take a page.
+    used = disk_bytes(directory / "ram")
+    assert used <= data_bytes(blocks) + 8192 * (len(blocks) + 1)
+
+
+def check_arrived(
+    source: Qemu, dest: Qemu, blocks: dict[str, Buffer], guest: Guest, *, runs: bool
+) -> None:
+    """Compare the destination's RAM with the source's, then let its guest run on."""
+    assert dest.wait_migration()["status"] == "completed"
+    assert dest.wait_status("paused", "prelaunch") == ("paused" if runs else "prelaunch")
+    assert dest.serial() == b""
+    assert source.status() == "postmigrate"
+    assert differences(blocks, read_blocks(dest)) == []
+    if not runs:
+        return
+    stopped = guest_counters(source.memory(), guest)
+    assert guest_counters(dest.memory(), guest) == stopped
+    dest.cont()
+    dest.wait_heartbeat(3)
+    # It may have been stopped within a line: both ends together show that nothing was lost.
+    printed = heartbeats_in(source.serial() + dest.serial())
+    assert printed == list(range(1, len(printed) + 1))
+    dest.stop()
+    went_on = guest_counters(dest.memory(), guest)
+    assert went_on.passes > stopped.passes
+    assert went_on.passes + 1 >= printed[-1]
