@@ -89,8 +89,8 @@ $(VENV)/.setup: pyproject.toml meson.build meson.options cext/meson.build | inst
 	/usr/bin/python3 -m venv --system-site-packages $(VENV)
 	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
-	$(BIN)/pip install -q --no-build-isolation --config-settings=setup-args=-Dverbs=enabled \
-		-e '.[test]'
+	CYTHON=$(CURDIR)/$(BIN)/cython $(BIN)/pip install -q --no-build-isolation \
+		--config-settings=setup-args=-Dverbs=enabled -e '.[test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.setup
