@@ -8,7 +8,7 @@ calls of librdmacm that pyverbs lacks.
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
-from libc.errno cimport EINTR, ENOMEM, errno
+from libc.errno cimport EBADF, EINTR, EIO, ENODEV, ENOMEM, EPERM, ENOSYS, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror

@@ -8,6 +8,21 @@ cdef int check(int result, str call) except -1:
     return 0
 
 
+# Private data of a reject (InfiniBand specification, 12.6.7).
+cdef enum:
+    REJECT_DATA = 148
+
+
+cdef sockaddr *sockaddr_of(bytes address) except NULL:
+    """The struct sockaddr in ``address``, which must be as long as its family says."""
+    cdef Py_ssize_t size = len(address)
+    cdef sockaddr *raw = <sockaddr *> <char *> address
+    if not (size == 16 and raw.sa_family == AF_INET
+            or size == 28 and raw.sa_family == AF_INET6):
+        raise ValueError(f"{size} bytes are no struct sockaddr_in or sockaddr_in6")
+    return raw
+
+
 def event_channel_fd(channel) -> int:
     """Return the channel's file descriptor, made non-blocking.
 
@@ -54,14 +69,16 @@ def bind_address(cmid, bytes address) -> None:
     cdef int one = 1
     check(rdma_set_option(raw, RDMA_OPTION_ID, RDMA_OPTION_ID_REUSEADDR, &one, sizeof(one)),
           "rdma_set_option")
-    check(rdma_bind_addr(raw, <sockaddr *> <char *> address), "rdma_bind_addr")
+    check(rdma_bind_addr(raw, sockaddr_of(address)), "rdma_bind_addr")
 
 
 def resolve_address(cmid, bytes source, bytes destination, int timeout_ms) -> None:
     """Begin rdma_resolve_addr(); the outcome arrives as an event. source may be None."""
     cdef rdma_cm_id *raw = id_handle(cmid)
-    cdef sockaddr *src = NULL if source is None else <sockaddr *> <char *> source
-    cdef sockaddr *dst = <sockaddr *> <char *> destination
+    cdef sockaddr *src = NULL
+    cdef sockaddr *dst = sockaddr_of(destination)
+    if source is not None:
+        src = sockaddr_of(source)
     cdef int result
     with nogil:
         result = rdma_resolve_addr(raw, src, dst, timeout_ms)
@@ -70,6 +87,8 @@ def resolve_address(cmid, bytes source, bytes destination, int timeout_ms) -> No
 
 def reject(cmid, bytes private_data) -> None:
     cdef const char *data = private_data
+    if len(private_data) > REJECT_DATA:
+        raise ValueError(f"a reject carries up to {REJECT_DATA} bytes, not {len(private_data)}")
     check(rdma_reject(id_handle(cmid), data, <uint8_t> len(private_data)), "rdma_reject")
 
 
@@ -93,10 +112,10 @@ def peer_address(cmid) -> bytes:
     return sockaddr_bytes(rdma_get_peer_addr(id_handle(cmid)))
 
 
-def max_message_size(context, int port) -> int:
+def max_message_size(context, uint8_t port) -> int:
     """Largest single message or write that the port takes, bytes."""
     cdef ibv_port_attr attributes
-    cdef int result = ibv_query_port(context_handle(context), <uint8_t> port, &attributes)
+    cdef int result = ibv_query_port(context_handle(context), port, &attributes)
     if result != 0:
         raise OSError(result, f"ibv_query_port: {strerror(result).decode()}")
     return attributes.max_msg_sz

@@ -49,6 +49,9 @@ cdef int peek(const void *address, void *into, size_t length) except -1:
     there.iov_base = <void *> address
     there.iov_len = length
     if process_vm_readv(getpid(), &here, 1, &there, 1, 0) != <ssize_t> length:
+        if errno == EPERM or errno == ENOSYS:
+            raise OSError(errno, "process_vm_readv(), which rdma-mig checks pyverbs' objects with, "
+                          "is not permitted here: allow it in the container's seccomp profile")
         raise layout_error("an address that cannot be read")
     return 0
 

@@ -75,7 +75,8 @@ cdef class MemoryRegion:
             return
         with nogil:
             error = ibv_dereg_mr(self.mr)
-        if error != 0:
+        # EIO, ENODEV: the device has been removed, and the kernel has let go of the memory.
+        if error != 0 and error != EIO and error != ENODEV:
             raise OSError(error, f"ibv_dereg_mr: {strerror(error).decode()}")
         self.mr = NULL
         self.pd = None

@@ -79,6 +79,8 @@ cdef class WorkQueue:
     """
 
     cdef object keep
+    cdef rdma_mig_handle *qp_wrapper
+    cdef rdma_mig_handle *cq_wrapper
     cdef MemoryRegion region
     cdef ibv_qp *qp
     cdef ibv_cq *cq
@@ -104,16 +106,23 @@ cdef class WorkQueue:
     cdef int failed_kind
     cdef uint32_t failed_vendor
     cdef bint has_failed
+    cdef bint send_failed
+    cdef bint write_failed
     cdef readonly uint64_t completions
 
-    def __init__(self, qp, cq, *, int cm_fd, int cancel_fd, MemoryRegion region, int slots,
-                 uint32_t slot_size, uint32_t depth, int probe_ms, int silence_ms):
+    def __init__(self, qp, cq, *, int cm_fd, int cancel_fd, MemoryRegion region not None,
+                 int slots, uint32_t slot_size, uint32_t depth, int probe_ms, int silence_ms):
+        if self.qp_wrapper != NULL:
+            raise ValueError("this work queue has been set up already")
         if not 1 <= slots <= MAX_SLOTS:
             raise ValueError(f"slots must be 1 to {MAX_SLOTS}, not {slots}")
         if region.length < <uint64_t> (slots + 1) * slot_size:
             raise ValueError("the control region is smaller than its slots")
         if depth < 2 * CONTROL_RESERVE:
             raise ValueError(f"the send queue must have {2 * CONTROL_RESERVE} entries or more")
+        if probe_ms < 0 or silence_ms < 0:
+            raise ValueError("probe_ms and silence_ms must not be negative")
+        region.require_open()
         self.qp = qp_handle(qp)
         self.cq = cq_handle(cq)
         if self.cq.channel == NULL:
@@ -132,6 +141,18 @@ cdef class WorkQueue:
         self.probe_ns = <int64_t> probe_ms * 1000000
         self.silence_ns = <int64_t> silence_ms * 1000000
         self.last_sign = monotonic_ns()
+        self.cq_wrapper = <rdma_mig_handle *> <PyObject *> cq
+        self.qp_wrapper = <rdma_mig_handle *> <PyObject *> qp
+
+    cdef bint is_open(self) noexcept nogil:
+        # pyverbs clears its pointer when it destroys the object behind it, and ours dangles.
+        return (self.qp_wrapper != NULL and self.qp_wrapper.raw == self.qp
+                and self.cq_wrapper.raw == self.cq and self.region.mr != NULL)
+
+    cdef int require_open(self) except -1:
+        if not self.is_open():
+            raise ValueError("the connection of this work queue is closed")
+        return 0
 
     # ---- posting ----
 
@@ -139,7 +160,7 @@ cdef class WorkQueue:
         """Post a receive into a slot (its earlier content is lost)."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"there is no slot {slot}")
-        self.region.require_open()
+        self.require_open()
         cdef ibv_sge sge
         cdef ibv_recv_wr wr
         cdef ibv_recv_wr *bad
@@ -161,7 +182,7 @@ cdef class WorkQueue:
             raise ValueError(f"a message of {length} bytes does not fit {self.slot_size}")
         if self.sends_outstanding:
             raise ValueError("the message before this one is still under way")
-        self.region.require_open()
+        self.require_open()
         cdef ibv_sge sge
         sge.addr = self.region.address + <uint64_t> self.slots * self.slot_size
         sge.length = <uint32_t> length
@@ -176,6 +197,8 @@ cdef class WorkQueue:
                   uint32_t rkey) noexcept nogil:
         cdef ibv_send_wr wr
         cdef ibv_send_wr *bad
+        if not self.is_open():
+            return EBADF
         memset(&wr, 0, sizeof(wr))
         wr.wr_id = <uint64_t> kind << KIND_SHIFT
         wr.sg_list = sge
@@ -192,6 +215,7 @@ cdef class WorkQueue:
         """Return the oldest received message as bytes and post its slot again; None: none."""
         if self.received_count == 0:
             return None
+        self.require_open()
         cdef int slot = self.received_slot[self.received_first]
         cdef uint32_t length = self.received_length[self.received_first]
         self.received_first = (self.received_first + 1) % MAX_SLOTS
@@ -224,6 +248,9 @@ cdef class WorkQueue:
         """Take in all completions that are there; return how many."""
         cdef ibv_wc wc[POLL_BATCH]
         cdef int count, i, kind, total = 0
+        if not self.is_open():
+            self.note_failure(-EBADF, 0, 0)
+            return 0
         while True:
             count = ibv_poll_cq(self.cq, POLL_BATCH, wc)
             if count < 0:
@@ -233,8 +260,10 @@ cdef class WorkQueue:
                 kind = <int> (wc[i].wr_id >> KIND_SHIFT)
                 if kind == KIND_WRITE:
                     self.writes_outstanding -= 1
+                    self.write_failed |= wc[i].status != IBV_WC_SUCCESS
                 elif kind == KIND_SEND:
                     self.sends_outstanding -= 1
+                    self.send_failed |= wc[i].status != IBV_WC_SUCCESS
                 elif kind == KIND_PROBE:
                     self.probe_outstanding = False
                 if wc[i].status != IBV_WC_SUCCESS:
@@ -268,10 +297,10 @@ cdef class WorkQueue:
         if what == _WAIT_RECEIVE:
             return self.received_count > 0
         if what == _WAIT_SEND:
-            return self.sends_outstanding == 0
+            return self.sends_outstanding == 0 and not self.send_failed
         if what == _WAIT_WRITES:
-            return self.writes_outstanding == 0
-        return self.writes_outstanding < self.write_limit
+            return self.writes_outstanding == 0 and not self.write_failed
+        return self.writes_outstanding < self.write_limit and not self.write_failed
 
     cdef int64_t probe(self, int64_t now) noexcept nogil:
         """Look after liveness; return the time to look again, 0 for never, -1 for silence."""
@@ -350,6 +379,7 @@ cdef class WorkQueue:
     def poll(self) -> int:
         """Take in what has completed, without waiting; return the number of completions."""
         cdef int count
+        self.require_open()
         with nogil:
             count = self.poll_completions()
         return count
@@ -361,6 +391,7 @@ cdef class WorkQueue:
         wait goes on.
         """
         cdef int result
+        self.require_open()
         while True:
             with nogil:
                 result = self.wait_nogil(what, deadline_ns)
