@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from typing import Any
 
 from rdma_mig.errors import HostError, MigrationTimeout
 from rdma_mig.waits import Cancel, Deadline
@@ -53,6 +54,14 @@ def describe(raw: bytes) -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
+def _with_scope(family: int, found: tuple[Any, ...]) -> SockAddr:
+    host, port = str(found[0]), int(found[1])
+    # A link-local address means nothing without its interface, which comes as a number apart.
+    if family == socket.AF_INET6 and found[3] and "%" not in host:
+        host += f"%{socket.if_indextoname(found[3])}"
+    return family, host, port
+
+
 def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[SockAddr]:
     """Look a name up.
 
@@ -64,13 +73,13 @@ def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[So
         MigrationTimeout: it did not within the deadline.
         MigrationCancelled: it was cancelled.
     """
-    outcome: list[list[SockAddr] | OSError] = []
+    outcome: list[list[SockAddr] | OSError | UnicodeError] = []
 
     def look_up() -> None:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            outcome.append([(int(f), str(a[0]), int(a[1])) for f, _, _, _, a in found])
-        except OSError as error:
+            outcome.append([_with_scope(int(f), a) for f, _, _, _, a in found])
+        except (OSError, UnicodeError) as error:
             outcome.append(error)
 
     worker = threading.Thread(target=look_up, name="rdma-mig-resolver", daemon=True)
@@ -84,6 +93,11 @@ def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[So
                 remedy="check the resolver, or give a numeric address",
             )
     result = outcome[0]
+    if isinstance(result, UnicodeError):
+        raise HostError(
+            f"{host[:64]!r} is no host name: a part of it is empty or longer than 63 characters",
+            remedy="check the name, or give a numeric address",
+        )
     if isinstance(result, OSError):
         raise HostError(
             f"the name {host} does not resolve: {result.strerror or result}",

@@ -78,8 +78,11 @@ class EventChannel:
         self._queue: list[Event] = []
 
     def watch(self, endpoint: Endpoint) -> None:
-        """Tell an endpoint when its connection ends."""
+        """Tell an endpoint when its connection ends, and turn away everybody else."""
         self._endpoints[self._verbs.identifier(endpoint.cmid)] = endpoint
+        queued, self._queue = self._queue, []
+        for event in queued:
+            self._deliver(event)
 
     def forget(self, endpoint: Endpoint) -> None:
         """The endpoint is being closed."""
@@ -117,16 +120,19 @@ class EventChannel:
     def dispatch(self) -> None:
         """Handle all events that are due, without waiting."""
         while (event := self._read()) is not None:
-            if event.type in (DISCONNECTED, DEVICE_REMOVAL):
-                endpoint = self._endpoints.get(event.identifier)
-                if endpoint is not None:
-                    endpoint.note_disconnected()
-                    continue
-            if event.type == CONNECT_REQUEST and self._endpoints:
-                # One migration, one peer: a further client is turned away at once.
-                self.turn_away(event.request)
-                continue
-            self._queue.append(event)
+            self._deliver(event)
+
+    def _deliver(self, event: Event) -> None:
+        if event.type in (DISCONNECTED, DEVICE_REMOVAL):
+            endpoint = self._endpoints.get(event.identifier)
+            if endpoint is not None:
+                endpoint.note_disconnected(device_removed=event.type == DEVICE_REMOVAL)
+                return
+        if event.type == CONNECT_REQUEST and self._endpoints:
+            # One migration, one peer: a further client is turned away at once.
+            self.turn_away(event.request)
+            return
+        self._queue.append(event)
 
     def turn_away(self, request: Any, reason: bytes = b"") -> None:
         """Reject a connection request and let go of it."""
@@ -143,12 +149,33 @@ class EventChannel:
         poll.register(cancel.fileno(), select.POLLIN)
         poll.poll(None if remaining is None else remaining * 1000)
 
-    def next(self, doing: str, peer: str, deadline: Deadline, cancel: Cancel) -> Event:
+    def next(
+        self,
+        doing: str,
+        peer: str,
+        deadline: Deadline,
+        cancel: Cancel,
+        about: Any = None,
+    ) -> Event:
         """Return the next event that dispatch() does not handle by itself.
+
+        Args:
+            doing, peer: for messages.
+            deadline, cancel: limit of the wait.
+            about: a CMID: other clients' events are passed over, and requests turned away.
 
         Raises:
             MigrationTimeout, MigrationCancelled: none came.
         """
+        wanted = None if about is None else self._verbs.identifier(about)
+        while True:
+            event = self._next(doing, peer, deadline, cancel)
+            if wanted in (None, event.identifier):
+                return event
+            if event.request is not None:
+                self.turn_away(event.request)
+
+    def _next(self, doing: str, peer: str, deadline: Deadline, cancel: Cancel) -> Event:
         while not self._queue:
             cancel.check(doing)
             self.dispatch()
@@ -224,14 +251,13 @@ class Listener:
             candidates = addresses.resolve(host, port, cancel, deadline)
             failure: HostError | None = None
             for candidate in candidates:
-                self._cmid = CMID(creator=self.events.raw)
                 try:
+                    self._cmid = CMID(creator=self.events.raw)
                     self._verbs.bind_address(self._cmid, addresses.pack(candidate))
                     self._cmid.listen(5)
                 except (OSError, self.events._error) as error:
                     failure = _bind_error(error, host, port)
-                    self._cmid.close()
-                    self._cmid = None
+                    self.stop()
                     continue
                 break
             else:
@@ -256,14 +282,24 @@ class Listener:
         Returns:
             the connection; the listener still has to be closed, and takes nobody else.
         """
-        from pyverbs.cmid import ConnParam
-
         doing = "waiting for a source to connect"
         while True:
             event = self.events.next(doing, "any peer", deadline, self.cancel)
-            if event.type == CONNECT_REQUEST:
-                break
-            # What is left over from a client that went away while it connected.
+            if event.type == DEVICE_REMOVAL:
+                raise HostError(
+                    f"the RDMA device of {self.address[0]} was removed while {doing}",
+                    remedy="rdma link show",
+                )
+            if event.type != CONNECT_REQUEST:
+                continue  # left over from a client that went away while it connected
+            endpoint = self._serve(event, answer)
+            if endpoint is not None:
+                return endpoint
+
+    def _serve(self, event: Event, answer: Callable[[bytes, str], bytes]) -> Endpoint | None:
+        """Accept one client; None when it has gone meanwhile, and the next one may be taken."""
+        from pyverbs.cmid import ConnParam
+
         request = event.request
         peer = addresses.describe(self._verbs.peer_address(request))
         try:
@@ -283,17 +319,19 @@ class Listener:
                 data_len=len(reply),
             )
             parameters.set_private_data(reply)
-            self.events.watch(endpoint)
             request.accept(parameters)
             limit = Deadline.after(self.options.connect_seconds)
-            event = self.events.next("accepting", peer, limit, self.cancel)
-            if event.type != ESTABLISHED:
-                raise _event_error(event, "accepting", peer)
-            endpoint.established()
-            return endpoint
-        except self.events._error as error:
+            event = self.events.next("accepting", peer, limit, self.cancel, about=request)
+            if event.type == ESTABLISHED:
+                endpoint.established()
+                self.events.watch(endpoint)
+                return endpoint
             endpoint.close()
-            raise HostError(f"accepting {peer} failed: {error}") from error
+            return None
+        except (OSError, self.events._error):
+            # The calls between its request and our acceptance fail only where it has gone.
+            endpoint.close()
+            return None
         except BaseException:
             endpoint.close()
             raise
@@ -401,7 +439,7 @@ def _connect_to(
     endpoint: Endpoint | None = None
 
     def expect(wanted: int, doing: str) -> Event:
-        event = events.next(doing, peer, deadline, cancel)
+        event = events.next(doing, peer, deadline, cancel, about=cmid)
         if event.type != wanted:
             raise _event_error(event, doing, peer)
         return event
@@ -432,14 +470,17 @@ def _connect_to(
         cmid.connect(parameters)
         event = expect(CONNECT_RESPONSE, "connecting")
         endpoint.private_data = event.private_data
-        endpoint.ready_to_receive()
-        events.watch(endpoint)
-        cmid.establish()
-        endpoint.established()
         endpoint.peer = peer
+        try:
+            endpoint.ready_to_receive()
+            cmid.establish()
+        except (OSError, events._error) as error:
+            raise PeerGone(f"{peer} accepted the connection and ended it again") from error
+        endpoint.established()
+        events.watch(endpoint)
         endpoint.owns_events()
         return endpoint
-    except events._error as error:
+    except (OSError, events._error) as error:
         raise HostError(f"connecting to {peer} failed: {error}") from error
     finally:
         if endpoint is None:

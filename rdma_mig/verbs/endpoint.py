@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rdma_mig.errors import MigrationCancelled, MigrationTimeout, PeerGone
+from rdma_mig import _pages
+from rdma_mig.errors import (
+    HostError,
+    LocalProtocolError,
+    MigrationCancelled,
+    MigrationTimeout,
+    PeerGone,
+)
 from rdma_mig.verbs import addresses
 from rdma_mig.verbs.host import explain_registration
 from rdma_mig.verbs.loading import load
@@ -95,6 +102,7 @@ class Endpoint:
         self.local = addresses.describe(verbs.local_address(cmid))
         self._connected = False
         self._owns_events = False
+        self._device_removed = False
         self._regions: list[_verbs.MemoryRegion] = []
         self._closing = contextlib.ExitStack()
         self._closed = False
@@ -127,7 +135,7 @@ class Endpoint:
             self.qp_number: int = self._qp.qp_num
             verbs.move_queue_pair(cmid, self._qp, verbs.QPS_INIT)
             buffers = mmap.mmap(-1, (options.slots + 1) * options.slot_size)
-            self._closing.callback(_close_quietly, buffers)
+            self._closing.callback(buffers.close)
             region = self._register_buffers(buffers)
             self.queue: _verbs.WorkQueue = verbs.WorkQueue(
                 self._qp,
@@ -148,12 +156,9 @@ class Endpoint:
             raise
 
     def _register_buffers(self, buffers: mmap.mmap) -> _verbs.MemoryRegion:
-        import ctypes
-
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffers))
         try:
             region: _verbs.MemoryRegion = self._verbs.MemoryRegion(
-                self._pd, address, len(buffers), local_write=True
+                self._pd, _pages.address_of(buffers), len(buffers), local_write=True
             )
         except OSError as error:
             raise explain_registration(error, len(buffers), "control buffers") from error
@@ -183,9 +188,10 @@ class Endpoint:
         """Close the event channel with the connection: nobody else uses it."""
         self._owns_events = True
 
-    def note_disconnected(self) -> None:
-        """The peer, or the device, has ended the connection."""
+    def note_disconnected(self, *, device_removed: bool = False) -> None:
+        """The peer has ended the connection, or this end's device is gone."""
         self.disconnected = True
+        self._device_removed = device_removed
 
     # ---- memory ----
 
@@ -228,31 +234,42 @@ class Endpoint:
 
         Raises:
             PeerGone, MigrationTimeout, MigrationCancelled: why it did not come.
+            HostError: the device is gone.
+            LocalProtocolError: close() was called before.
         """
+        self._require_open()
         while True:
-            outcome = self.queue.wait(what, deadline.ns)
+            # Its end is told once. What arrived before it still counts: a look, without waiting.
+            ended = self.disconnected
+            outcome = self.queue.wait(what, 1 if ended else deadline.ns)
             if outcome == self._verbs.DONE:
                 return
-            if outcome == self._verbs.CM_EVENT:
+            if outcome == self._verbs.CM_EVENT and not ended:
                 self.events.dispatch()
-                if not self.disconnected:
-                    continue
-                # What arrived before the connection ended still counts.
-                if self.queue.wait(what, 1) == self._verbs.DONE:
-                    return
+                continue
             self._raise(outcome, doing, deadline)
 
     def interrupted(self, outcome: int, doing: str, deadline: Deadline) -> None:
         """Deal with a wait that a write met in the Cython layer; return when it can go on."""
+        self._require_open()
         if outcome == self._verbs.CM_EVENT:
             self.events.dispatch()
             if not self.disconnected:
                 return
         self._raise(outcome, doing, deadline)
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise LocalProtocolError(f"the connection to {self.peer} was closed by this end")
+
     def _raise(self, outcome: int, doing: str, deadline: Deadline) -> None:
         verbs = self._verbs
-        if outcome == verbs.CM_EVENT:
+        if self._device_removed:
+            raise HostError(
+                f"the RDMA device {self.device} was removed; awaited was {doing}",
+                remedy="rdma link show",
+            )
+        if self.disconnected:
             raise PeerGone(f"{self.peer} closed the connection; awaited was {doing}")
         if outcome == verbs.CANCELLED:
             raise MigrationCancelled(f"cancelled while waiting for {doing} ({self.peer})")
@@ -333,9 +350,3 @@ class Endpoint:
         if not getattr(self, "_closed", True):
             warnings.warn(f"unclosed Endpoint to {self.peer}", ResourceWarning, stacklevel=2)
             self.close()
-
-
-def _close_quietly(buffers: mmap.mmap) -> None:
-    # ctypes keeps an export of the map until the garbage collector has been there.
-    with contextlib.suppress(BufferError):
-        buffers.close()

@@ -50,20 +50,13 @@ def _require_access(path: Path, missing_remedy: str) -> None:
 
 
 def _uverbs(device: str) -> Path | None:
-    try:
-        entries = list((_CLASS / device / "device" / "infiniband_verbs").iterdir())
-    except OSError:
-        entries = []
-    if not entries:
-        # A software device has no parent device: look through the class instead.
-        for entry in sorted(Path("/sys/class/infiniband_verbs").glob("uverbs*")):
-            try:
-                if (entry / "ibdev").read_text().strip() == device:
-                    return _DEV / entry.name
-            except OSError:
-                continue
-        return None
-    return _DEV / entries[0].name
+    for entry in sorted(Path("/sys/class/infiniband_verbs").glob("uverbs*")):
+        try:
+            if (entry / "ibdev").read_text().strip() == device:
+                return _DEV / entry.name
+        except OSError:
+            continue
+    return None
 
 
 def require_rdma() -> None:
