@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes ``import harness`` and ``import rdma_kit`` work, and gives every test a deadline."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_TESTS))
+sys.path.insert(0, str(_TESTS / "rdma"))
+sys.path.insert(0, str(_TESTS / "snapshot"))
+
+import rdma_kit as kit
+import snapshot_kit
+
+_DEADLINE = 30.0  # seconds on a fast host, unless the test is marked with another
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", f"deadline(seconds): the test is ended after so long ({_DEADLINE:g} by default)"
+    )
+
+
+class DeadlineExceeded(BaseException):
+    """A test took too long. No Exception, so that nothing under test takes it for its own."""
+
+
+@pytest.fixture(autouse=True)
+def _deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End a test that hangs; and the run, with all stacks, where it hangs with the GIL held."""
+    marker = request.node.get_closest_marker("deadline")
+    seconds = kit.patience(marker.args[0] if marker else _DEADLINE)
+
+    def on_alarm(_number: int, _frame: FrameType | None) -> None:
+        raise DeadlineExceeded(f"not through after {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + kit.patience(30), exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def address() -> str:
+    """An address of the verbs device; without a device the test fails."""
+    return kit.device()[1]
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A snapshot to send: three blocks, 8 MiB, little of it not zero."""
+    with snapshot_kit.guest(kit.BLOCKS) as memories:
+        kit.paint(memories)
+        return snapshot_kit.keep(tmp_path / "kept", memories, kit.BLOCKS)
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """An empty directory: what a destination leaves behind shows in it."""
+    path = tmp_path / "room"
+    path.mkdir()
+    return path

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both ends for the tests over a real verbs device: our own, and peers that can misbehave.
+
+A raw peer has the connection of the verbs layer and nothing above it: it says what a test tells
+it to say. It lives in a thread of the test's process, or in one of its own (``rdma_peer.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import snapshot_kit
+from harness.device import device_address
+
+from rdma_mig.errors import MigrationError
+from rdma_mig.memory import GuestMemory, RamBlock
+from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration.events import MigrationEvent
+from rdma_mig.migration.rdma import (
+    RdmaOptions,
+    rdma_start_incoming_migration,
+    rdma_start_outgoing_migration,
+)
+from rdma_mig.migration.receive import SnapshotDestination
+from rdma_mig.migration.send import SnapshotSource
+from rdma_mig.migration.state import Migration
+from rdma_mig.snapshot import Snapshot
+from rdma_mig.verbs.cm import Listener, connect
+from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
+from rdma_mig.verbs.loading import load
+from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.wire.address import RdmaAddress
+from rdma_mig.wire.control import (
+    ControlMessage,
+    ControlType,
+    RamBlockRecord,
+    decode_ram_blocks,
+    encode_ram_blocks,
+)
+from rdma_mig.wire.stream import (
+    StreamBlock,
+    encode_eos,
+    encode_footer,
+    encode_hook,
+    encode_ram_start,
+    encode_section_end,
+)
+
+PLAIN = b"\0\0\0\1\0\0\0\1"
+"""Private data as QEMU sends it: version 1, pin-all."""
+
+MIB = 1 << 20
+BLOCKS = (RamBlock("pc.ram", 3 * MIB + 8192), RamBlock("vga.vram", MIB), RamBlock("pc.rom", 131072))
+RAM_ID = 2
+
+
+def paint(memories: list[GuestMemory]) -> None:
+    """Data at borders of blocks and chunks, and the rest zero."""
+    with memories[0].view() as view:
+        view[: 64 * 4096] = snapshot_kit.noise(64 * 4096)
+        view[MIB - 1 : MIB + 1] = b"\1\2"
+        view[-1] = 3
+    with memories[2].view() as view:
+        view[:] = snapshot_kit.noise(len(view), 2)
+
+
+@functools.cache
+def patience(seconds: float) -> float:
+    """A limit that is no requirement but a backstop, for a host as slow as this one."""
+    return seconds * _slowness()
+
+
+@functools.cache
+def _slowness() -> float:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        sum(range(1_000_000))
+        times.append(time.perf_counter() - began)
+    # A usual host takes 15 ms.
+    return min(max(1.0, min(times) / 0.02), 15.0)
+
+
+@functools.cache
+def device() -> tuple[str, str]:
+    """Name and IPv4 address of the device to test with."""
+    return device_address()
+
+
+class Worker(threading.Thread):
+    """Runs a function in a thread; result() returns what it returned, or raises."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+        self._value: Any = None
+        self.start()
+
+    def run(self) -> None:
+        """Called by the thread."""
+        try:
+            self._value = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, seconds: float = 20) -> Any:
+        """Wait for its end."""
+        self.join(patience(seconds))
+        assert not self.is_alive(), "the thread did not end"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+# ---- raw peers ----
+
+
+class Peer:
+    """A connection to say anything over."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.verbs = load()
+        self.ram: GuestRam | None = None
+        self.records: list[RamBlockRecord] = []
+
+    def send(self, message: ControlMessage | bytes, *, wait: bool = True) -> None:
+        """Send a message, or bytes that are none."""
+        raw = message if isinstance(message, bytes) else message.encode()
+        self.endpoint.queue.post_send(raw)
+        if wait:
+            self.endpoint.wait(self.verbs.WAIT_SEND, "a send", Deadline.after(patience(10)))
+
+    def receive(self, seconds: float = 10) -> ControlMessage:
+        """Wait for a message."""
+        received = self.endpoint.queue.next_received()
+        while received is None:
+            self.endpoint.wait(
+                self.verbs.WAIT_RECEIVE, "a message", Deadline.after(patience(seconds))
+            )
+            received = self.endpoint.queue.next_received()
+        return ControlMessage.decode(received)
+
+    def expect(self, kind: ControlType, seconds: float = 10) -> bytes:
+        """Wait for a message of this type, and return its payload."""
+        message = self.receive(seconds)
+        assert message.type is kind, f"{message.type.name} instead of {kind.name}"
+        return message.payload
+
+    def ready(self) -> None:
+        """Ask for one message."""
+        self.send(ControlMessage(ControlType.READY))
+
+    def stream(self, data: bytes) -> None:
+        """Send bytes of the stream, when they are asked for."""
+        self.expect(ControlType.READY)
+        self.send(ControlMessage(ControlType.QEMU_FILE, data, repeat=0))
+
+    def command(self, kind: ControlType) -> None:
+        """Send a message without payload, when one is asked for."""
+        self.expect(ControlType.READY)
+        self.send(ControlMessage(kind))
+
+    def write(self, address: int, rkey: int, data: bytes) -> None:
+        """Write into the other end's memory, and wait until it is there."""
+        with GuestMemory(len(data), "from the test") as memory:
+            with memory.view() as view:
+                view[:] = data
+            region = self.endpoint.register(
+                memory.address, len(data), what="data", remote_write=False, holder=None
+            )
+            try:
+                queue = self.verbs.WriteQueue(
+                    self.endpoint.queue, chunk_size=MIB, max_write=MIB, interrupted=self._stop
+                )
+                queue.set_targets([(region.address, region.lkey, address, rkey, len(data))])
+                queue.open()
+                queue.save_page(0, 0, len(data))
+                queue.flush()
+                queue.close()
+                self.endpoint.wait(self.verbs.WAIT_WRITES, "a write", Deadline.after(patience(10)))
+            finally:
+                self.endpoint.deregister_all()
+
+    def _stop(self, outcome: int) -> None:
+        raise AssertionError(f"a write met {outcome}")
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.endpoint.close()
+        if self.ram is not None:
+            self.ram.close()
+
+
+@contextlib.contextmanager
+def dial(
+    uri: str, private_data: bytes = PLAIN, options: EndpointOptions | None = None
+) -> Iterator[Peer]:
+    """A raw source, connected."""
+    address = RdmaAddress.parse(uri, listening=False)
+    with Cancel() as cancel:
+        peer = Peer(
+            connect(address.host, address.port, private_data, cancel, options or EndpointOptions())
+        )
+        try:
+            yield peer
+        finally:
+            peer.close()
+
+
+class RawListener:
+    """A raw destination, listening; a context manager."""
+
+    def __init__(self, options: EndpointOptions | None = None) -> None:
+        self.cancel = Cancel()
+        self.listener = Listener(device()[1], 0, self.cancel, options or EndpointOptions())
+        self.peer: Peer | None = None
+        self.asked = b""
+
+    @property
+    def uri(self) -> str:
+        """Where it listens."""
+        return str(RdmaAddress(*self.listener.address))
+
+    def accept(self, reply: bytes = PLAIN, seconds: float = 10) -> Peer:
+        """Wait for a source."""
+
+        def answer(private_data: bytes, _peer: str) -> bytes:
+            self.asked = private_data
+            return reply
+
+        self.peer = Peer(self.listener.accept(answer, Deadline.after(patience(seconds))))
+        return self.peer
+
+    def __enter__(self) -> RawListener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.peer is not None:
+            self.peer.close()
+        self.listener.close()
+        self.cancel.close()
+
+
+# ---- what a well-behaved peer does, step by step ----
+
+HEAD = snapshot_kit.HEAD + encode_ram_start(
+    RAM_ID, [StreamBlock(block.idstr, block.length) for block in BLOCKS]
+)
+SECTION_BREAK = encode_eos() + encode_footer(RAM_ID)
+DESCRIPTION = b"\x06" + len(snapshot_kit.DESCRIPTION).to_bytes(4, "big") + snapshot_kit.DESCRIPTION
+SOURCE_STEPS = (
+    "connected", "in setup", "blocks known", "setup done", "in the last phase", "RAM written",
+    "RAM handed over", "within the device state", "device state sent",
+)  # fmt: skip
+COMMITTED = SOURCE_STEPS.index("RAM handed over")
+
+
+def act_as_source(peer: Peer) -> Iterator[str]:
+    """Send a guest to a destination; each value names what has been done when it is yielded."""
+    steps = iter(SOURCE_STEPS)
+    yield next(steps)
+    peer.stream(HEAD + encode_hook())
+    yield next(steps)
+    peer.command(ControlType.RAM_BLOCKS_REQUEST)
+    payload = peer.expect(ControlType.RAM_BLOCKS_RESULT)
+    peer.records = decode_ram_blocks(payload, [block.length for block in BLOCKS])
+    yield next(steps)
+    peer.command(ControlType.REGISTER_FINISHED)
+    yield next(steps)
+    peer.stream(SECTION_BREAK + encode_section_end(RAM_ID) + encode_hook())
+    yield next(steps)
+    peer.write(peer.records[0].host_address, peer.records[0].rkey, b"\x5a" * 4096)
+    yield next(steps)
+    peer.command(ControlType.REGISTER_FINISHED)
+    yield next(steps)
+    peer.stream(SECTION_BREAK + snapshot_kit.STATE[:-1])
+    yield next(steps)
+    peer.stream(snapshot_kit.STATE[-1:] + DESCRIPTION)
+    yield next(steps)
+
+
+DESTINATION_STEPS = (
+    "connected", "in setup", "blocks asked for", "blocks told", "setup done", "in the last phase",
+    "RAM written", "within the device state", "end mark received", "all received",
+)  # fmt: skip
+
+
+def act_as_destination(peer: Peer) -> Iterator[str]:
+    """Receive a guest; each value names what has been done when it is yielded."""
+    steps = iter(DESTINATION_STEPS)
+
+    def receive(kind: ControlType) -> bytes:
+        peer.ready()
+        return peer.expect(kind)
+
+    yield next(steps)
+    receive(ControlType.QEMU_FILE)
+    yield next(steps)
+    receive(ControlType.RAM_BLOCKS_REQUEST)
+    yield next(steps)
+    peer.send(ControlMessage(ControlType.RAM_BLOCKS_RESULT, encode_ram_blocks(offer(peer))))
+    yield next(steps)
+    receive(ControlType.REGISTER_FINISHED)
+    yield next(steps)
+    receive(ControlType.QEMU_FILE)
+    yield next(steps)
+    receive(ControlType.REGISTER_FINISHED)
+    yield next(steps)
+    receive(ControlType.QEMU_FILE)
+    yield next(steps)
+    receive(ControlType.QEMU_FILE)
+    yield next(steps)
+    receive(ControlType.QEMU_FILE)
+    yield next(steps)
+
+
+def offer(peer: Peer) -> list[RamBlockRecord]:
+    """Memory of the peer's for all blocks, registered."""
+    peer.ram = GuestRam(BLOCKS)
+    peer.ram.populate(lambda: False)
+    for guest in peer.ram:
+        region = peer.endpoint.register(
+            guest.memory.address, guest.block.length, what="RAM", remote_write=True,
+            holder=guest.memory.hold("the peer"),
+        )  # fmt: skip
+        peer.records.append(
+            RamBlockRecord(region.address, guest.offset, guest.block.length, region.rkey)
+        )
+    return peer.records
+
+
+def until(step: str, steps: Iterator[str]) -> None:
+    """Behave well up to this step."""
+    for done in steps:
+        if done == step:
+            return
+    raise AssertionError(f"there is no step {step}")
+
+
+# ---- our own ends ----
+
+
+class End:
+    """One of our own ends at work.
+
+    Attributes:
+        migration: it.
+        uri: where it listens; empty for a source.
+        events: what it has told.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[MigrationEvent] = []
+        self.migration = Migration(self.events.append)
+        self.uri = ""
+
+    def fail(
+        self, kind: type[MigrationError], match: str | None = None, seconds: float = 20
+    ) -> MigrationError:
+        """Wait until it has failed with this error, and check what an operator would read."""
+        with pytest.raises(kind, match=match) as caught:
+            assert self.migration.wait(patience(seconds)), "it neither failed nor ended"
+        error = caught.value
+        assert type(error) is kind
+        assert "\n" not in str(error)
+        assert "unexpected" not in str(error)
+        assert error.owner, "it does not say who owns the virtual machine"
+        return error
+
+    def succeed(self, seconds: float = 20) -> None:
+        """Wait until it is done."""
+        assert self.migration.wait(patience(seconds))
+
+
+@contextlib.contextmanager
+def incoming(output: Path, **options: Any) -> Iterator[End]:
+    """Our destination, listening."""
+    end = End()
+    destination = SnapshotDestination(output)
+    try:
+        with end.migration:
+            end.uri = str(
+                rdma_start_incoming_migration(
+                    f"rdma:{device()[1]}:0",
+                    migration=end.migration,
+                    process=destination.process,
+                    options=RdmaOptions(**options),
+                )
+            )
+            yield end
+    finally:
+        end.migration.close()
+        destination.close()
+
+
+@contextlib.contextmanager
+def outgoing(directory: Path, uri: str, **options: Any) -> Iterator[End]:
+    """Our source, connecting."""
+    end = End()
+    with Snapshot.open(directory) as snapshot:
+        source = SnapshotSource(snapshot)
+        try:
+            with end.migration:
+                source.load(end.migration)
+                rdma_start_outgoing_migration(
+                    end.migration, uri, ram=source.ram, save=source.save,
+                    options=RdmaOptions(**options),
+                )  # fmt: skip
+                yield end
+        finally:
+            end.migration.close()
+            source.close()
