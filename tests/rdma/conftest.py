@@ -17,8 +17,8 @@ sys.path.insert(0, str(_TESTS))
 sys.path.insert(0, str(_TESTS / "rdma"))
 sys.path.insert(0, str(_TESTS / "snapshot"))
 
-import rdma_kit as kit
-import snapshot_kit
+import rdma_kit as kit  # noqa: E402
+import snapshot_kit  # noqa: E402
 
 _DEADLINE = 30.0  # seconds on a fast host, unless the test is marked with another
 
