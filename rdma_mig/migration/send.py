@@ -107,7 +107,17 @@ class SnapshotSource:
         )
         migration.emit(Progress("setup", 0, self.ram.total))
         ram_control_before_iterate(file, RAM_CONTROL_SETUP)
-        ram_control_after_iterate(file, RAM_CONTROL_SETUP)
+        try:
+            ram_control_after_iterate(file, RAM_CONTROL_SETUP)
+        except PeerGone as error:
+            # A QEMU whose RAM differs ends without a word to us.
+            blocks = ", ".join(f"{b.idstr} {b.length >> 10} KiB" for b in self.snapshot.blocks)
+            raise MigrationError(
+                f"the destination did not take the RAM blocks ({error.message})",
+                owner=self.owner,
+                remedy="its own messages say why; start it with the machine and memory of the "
+                f"source: {blocks}",
+            ) from error
         file.put(encode_eos() + footer)
         # The machine rests, so one last phase carries all RAM and there are no rounds before it.
         file.put(encode_section_end(manifest.ram_section_id))
