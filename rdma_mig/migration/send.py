@@ -156,9 +156,9 @@ class SnapshotSource:
         """
         state = self.snapshot.device_state
         eof = self.snapshot.eof_offset
-        file.put(state[: eof - 1])
-        file.flush()
         try:
+            file.put(state[: eof - 1])
+            file.flush()
             transport.wait_ready("its loading all device state")(state[eof - 1 : eof])
             confirmed = "the destination loaded all device state and asked for the end mark"
             for at in range(eof, len(state), _PIECE):
