@@ -124,3 +124,23 @@ def _shared_source() -> Iterator[SharedQemu]:
 def source(_shared_source: SharedQemu) -> Qemu:
     """A QEMU with pin-all whose guest runs, dirties memory, and has 36 MiB of random data."""
     return _shared_source.get()
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> support.Snapshot:
+    """A running guest on a machine with two more devices than usual, kept as a snapshot."""
+    directory = tmp_path_factory.mktemp("snapshot") / "kept"
+    machine = {"machine": "pc", "guest": Guest.dirtying(4), "timeout": support.patience(60)}
+    with support.Incoming(directory) as incoming, Qemu(**machine, name="source") as qemu:
+        # Plugged in when all others are there, or their state would come before globalstate's.
+        # The first takes 45 KiB, more than a message of the stream; the last one fits into one.
+        qemu.qmp("device_add", driver="virtio-rng-pci", addr="0x5")
+        qemu.qmp("device_add", driver="pci-serial", addr="0x6")
+        qemu.set_capability("rdma-pin-all")
+        fill_random(qemu.memory_path, 2, *SharedQemu.random)
+        qemu.wait_heartbeat(2)
+        qemu.migrate(incoming.uri)
+        qemu.wait_migration()
+        completed = incoming.succeed().event("completed")
+    last_devices = ["virtio-rng-pci,addr=0x5", "pci-serial,addr=0x6"]
+    return support.Snapshot(directory, completed, machine, last_devices)

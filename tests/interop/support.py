@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import pytest
-from harness import PAGE_SIZE, Qemu, device_address
+from harness import PAGE_SIZE, Qemu, device_address, heartbeats_in
 from harness.files import Buffer
 
 _T = TypeVar("_T")
@@ -78,6 +78,11 @@ def slowness() -> float:
 def patience(seconds: float) -> float:
     """A limit that is no requirement, only a backstop, for a machine as slow as this one."""
     return seconds * max(1.0, min(slowness() / 4, 10.0))
+
+
+def prompt() -> float:
+    """Within how many seconds a signal has to end it; two, on a usual machine."""
+    return 2 * slowness()
 
 
 def rdma_uri(port: int) -> str:
@@ -296,6 +301,41 @@ def outgoing(
     )
 
 
+# Migrations
+
+#: For a migration that is to be met in the middle, bytes a second: 64 MiB take 8 s.
+SLOW = 8 * MIB
+
+
+class Snapshot(NamedTuple):
+    """A snapshot that tests start from, and what it is of."""
+
+    directory: Path
+    completed: dict[str, Any]
+    """The last event of the run that made it."""
+    machine: dict[str, Any]
+    """How a QEMU of the same machine is made."""
+    last_devices: list[str]
+    """Values of ``-device`` beside that, for the devices whose state comes last in the stream."""
+
+
+def slow_migration(source: Qemu, incoming: Incoming) -> None:
+    """Begin a migration into ``incoming``, and return in the middle of it."""
+    source.set_parameter("max-bandwidth", SLOW)
+    source.migrate(incoming.uri)
+    incoming.wait_event("progress", phase="round", done=3)
+    assert source.query_migrate()["status"] == "active"
+
+
+def assert_survives(source: Qemu, expect: str = "failed") -> None:
+    """The source's migration ends like this, and its guest goes on as if nothing had been."""
+    source.wait_migration(expect=expect)
+    assert source.wait_status("running") == "running"
+    source.wait_heartbeat(2)
+    printed = heartbeats_in(source.serial())
+    assert printed == list(range(1, len(printed) + 1))
+
+
 # What it prints
 
 _TEXT = str
@@ -412,11 +452,12 @@ class PeakMemory:
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         if found:
             self.resident = max(self.resident, int(found[1]) * 1024)
-        shared = 0
+        files = {}
         for link in (self._proc / "fd").iterdir():
             if os.readlink(link).startswith("/memfd:"):
-                shared += link.stat().st_blocks * 512
-        self.shared = max(self.shared, shared)
+                file = link.stat()
+                files[file.st_dev, file.st_ino] = file.st_blocks * 512
+        self.shared = max(self.shared, sum(files.values()))
 
 
 # What may be left

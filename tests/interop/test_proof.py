@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``outgoing`` ends in exit status 0 when the destination was seen to be whole, and else never."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+
+import pytest
+from harness import Qemu, device_address, free_port
+from support import Command, Snapshot, outgoing, rdma_uri
+
+pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
+
+
+def destination(
+    snapshot: Snapshot, uri: str | None, *, devices: Sequence[str] | None = None, **changed: object
+) -> Qemu:
+    """A QEMU that waits for the snapshot, and would let its guest run at once.
+
+    Args:
+        snapshot: what it waits for.
+        uri: where; None for a QEMU that does not wait.
+        devices: the last of them, where they are not those of the snapshot.
+        changed: what else is different.
+    """
+    devices = snapshot.last_devices if devices is None else devices
+    extra = [word for device in devices for word in ("-device", device)]
+    return Qemu(**snapshot.machine | changed, extra=extra, incoming=uri, name="destination")
+
+
+def refused(sender: Command, snapshot: Snapshot) -> str:
+    """The line of an ``outgoing`` that failed, which has to say that nothing was lost."""
+    line = sender.fail(1)
+    assert f"the snapshot in {snapshot.directory} is unchanged" in line
+    assert not [event for event in sender.events() if event["event"] == "completed"]
+    return line
+
+
+def test_whole_destination_runs_by_itself(snapshot: Snapshot):
+    """The control: what the other tests here have refused is the one thing they change."""
+    uri = rdma_uri(free_port())
+    with (
+        destination(snapshot, uri) as dest,
+        outgoing(snapshot.directory, uri) as sender,
+    ):
+        done = sender.succeed().event("completed")
+        assert "loaded all device state" in done["confirmed"]
+        assert dest.wait_status("running") == "running"
+        dest.wait_heartbeat(2)
+
+
+@pytest.mark.parametrize("lacks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_destination_that_lacks_the_last_device_is_no_success(snapshot: Snapshot, lacks: int):
+    """It has then received everything but the end mark, with one device already as with two."""
+    devices = json.loads((snapshot.directory / "vmdesc.json").read_text())["devices"]
+    names = [device["name"].rpartition("/")[2] for device in devices[-2:]]
+    assert names == ["virtio-rng", "pci-serial"]
+    uri = rdma_uri(free_port())
+    with (
+        destination(snapshot, uri, devices=snapshot.last_devices[:-lacks]) as dest,
+        outgoing(snapshot.directory, uri) as sender,
+    ):
+        line = refused(sender, snapshot)
+        assert dest.wait_exit() == 1
+        assert names[-lacks] in dest.stderr()
+    assert "the destination did not load all device state" in line
+    assert "machine, memory and devices" in line
+
+
+@pytest.mark.parametrize("memory", [32, pytest.param(128, marks=pytest.mark.full)])
+def test_destination_with_other_ram_is_named(snapshot: Snapshot, memory: int):
+    uri = rdma_uri(free_port())
+    with (
+        destination(snapshot, uri, memory_mib=memory) as dest,
+        outgoing(snapshot.directory, uri) as sender,
+    ):
+        line = refused(sender, snapshot)
+        assert dest.wait_exit() == 1
+        assert "pc.ram" in dest.stderr()
+    assert "the destination did not take the RAM blocks" in line
+    assert "pc.ram 65536 KiB" in line
+
+
+@pytest.mark.parametrize("phase", ["setup", pytest.param("transfer", marks=pytest.mark.full)])
+def test_destination_killed_in_mid_transfer(snapshot: Snapshot, phase: str):
+    uri = rdma_uri(free_port())
+    with (
+        destination(snapshot, uri) as dest,
+        outgoing(snapshot.directory, uri) as sender,
+    ):
+        sender.wait_event("progress", phase=phase)
+        dest.signal(signal.SIGKILL)
+        line = refused(sender, snapshot)
+        assert dest.wait_exit() == -signal.SIGKILL
+    assert uri.removeprefix("rdma:") in line
+
+
+def test_nobody_listens(snapshot: Snapshot):
+    uri = rdma_uri(free_port())
+    with outgoing(snapshot.directory, uri) as sender:
+        line = refused(sender, snapshot)
+    assert f"nobody listens at {uri.removeprefix('rdma:')}" in line
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("incoming", [None, "defer"])
+def test_destination_that_does_not_wait_for_a_migration(snapshot: Snapshot, incoming: str | None):
+    port = free_port()
+    with destination(snapshot, incoming) as dest:
+        with outgoing(snapshot.directory, rdma_uri(port)) as sender:
+            line = refused(sender, snapshot)
+        assert dest.status() == ("inmigrate" if incoming else "running")
+    assert f"nobody listens at {device_address()[1]}:{port}" in line
