@@ -18,6 +18,8 @@ import pytest
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project as a git checkout, with litter in it."""
+    if shutil.which("git") is None:
+        pytest.fail("git is missing, which sdists are made with: apt-get install git")
     copy = tmp_path_factory.mktemp("source") / "rdma-mig"
     shutil.copytree(kit.PROJECT, copy, ignore=kit.not_source, symlinks=True)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
@@ -50,10 +52,3 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bare_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel without the RDMA layer, built from the littered tree."""
     return kit.build_wheel(tree, tmp_path_factory.mktemp("bare-wheel"), "disabled")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Say what is missing before a build fails for it."""
-    for program in ("git", "unshare"):
-        if shutil.which(program) is None:
-            raise pytest.UsageError(f"tests/packaging needs {program}: make setup installs it")

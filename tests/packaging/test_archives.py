@@ -23,7 +23,7 @@ pytestmark = pytest.mark.packaging
 
 VERSION = kit.source_version()
 DIST_INFO = f"rdma_mig-{VERSION}.dist-info"
-CHECKOUT_ONLY = (".ci/", ".github/", ".gitattributes", ".gitignore")
+CHECKOUT_ONLY = (".github/", ".gitattributes")
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 

@@ -93,7 +93,15 @@ def hide(paths: list[Path]) -> tuple[str, ...]:
     lines += [f"mknod '/mnt/usr/{path}' c 0 0" for path in whiteouts]
     lines += ["mount -t overlay -o lowerdir=/mnt/usr:/usr none /usr", 'exec "$@"']
     namespace = ["--mount"] if os.geteuid() == 0 else ["--map-root-user", "--mount"]
-    return ("unshare", *namespace, "sh", "-c", "\n".join(lines), "hide")
+    prefix = ("unshare", *namespace, "sh", "-c", "\n".join(lines), "hide")
+    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.fail(
+            f"no mount namespace with an overlay here ({tried.stderr.strip()}): a container needs "
+            "--privileged, a user needs user namespaces (kernel.unprivileged_userns_clone=1)",
+            pytrace=False,
+        )
+    return prefix
 
 
 def pyverbs_paths(python: Path) -> list[Path]:
