@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.state import Migration
     from rdma_mig.snapshot import Snapshot
-    from rdma_mig.verbs.host import require_rdma
+    from rdma_mig.verbs.host import require_lockable, require_rdma
     from rdma_mig.verbs.loading import load
     from rdma_mig.wire.address import RdmaAddress
 
@@ -59,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
         # Reading a large snapshot takes long: what this host lacks is said before.
         require_rdma()
         load()
+        if args.rdma_pin_all:
+            # A QEMU destination does not survive a source that gives up on it.
+            total = sum(block.length for block in snapshot.blocks)
+            require_lockable(total, "guest RAM (--rdma-pin-all)")
         source = SnapshotSource(snapshot)
 
         def start() -> None:

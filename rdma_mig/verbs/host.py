@@ -14,11 +14,17 @@ from pathlib import Path
 
 from rdma_mig.errors import HostError
 
-__all__ = ["devices", "explain_registration", "require_rdma"]
+__all__ = ["devices", "explain_registration", "require_lockable", "require_rdma"]
 
 _CLASS = Path("/sys/class/infiniband")
 _DEV = Path("/dev/infiniband")
 _CM = _DEV / "rdma_cm"
+
+_CAP_IPC_LOCK = 14  # capabilities(7): with it RLIMIT_MEMLOCK does not count
+_RAISE_LIMIT = (
+    "raise the limit: ulimit -l unlimited (LimitMEMLOCK=infinity in a systemd unit, memlock in "
+    "/etc/security/limits.conf), or give it CAP_IPC_LOCK"
+)
 
 
 def devices() -> list[str]:
@@ -92,6 +98,29 @@ def _mib(size: int) -> str:
     return f"{size / (1 << 20):.0f} MiB"
 
 
+def require_lockable(size: int, what: str) -> None:
+    """Make sure that this process may pin ``size`` bytes, before anything irreversible is done.
+
+    The kernel counts registered memory against RLIMIT_MEMLOCK unless the process has
+    CAP_IPC_LOCK. It has the last word: a registration may still fail.
+
+    Raises:
+        HostError: the limit is lower; ``what`` names the memory.
+    """
+    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY or size <= soft:
+        return
+    with open("/proc/self/status", encoding="ascii") as lines:
+        effective = next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0")
+    if int(effective, 16) >> _CAP_IPC_LOCK & 1:
+        return
+    raise HostError(
+        f"{_mib(size)} of {what} would have to be pinned, and this process may lock "
+        f"{_mib(soft)} of memory",
+        remedy=_RAISE_LIMIT,
+    )
+
+
 def explain_registration(error: OSError, length: int, what: str) -> HostError:
     """Turn a failed ibv_reg_mr() of ``length`` bytes into the error to raise.
 
@@ -106,8 +135,7 @@ def explain_registration(error: OSError, length: int, what: str) -> HostError:
             return HostError(
                 f"{_mib(length)} of {what} cannot be pinned: {error.strerror or error}; this "
                 f"process may lock {_mib(soft)} of memory",
-                remedy="raise the limit: ulimit -l unlimited (LimitMEMLOCK=infinity in a systemd "
-                "unit, memlock in /etc/security/limits.conf), or give it CAP_IPC_LOCK",
+                remedy=_RAISE_LIMIT,
             )
         return HostError(
             f"{_mib(length)} of {what} cannot be pinned: {error.strerror or error}",
