@@ -67,7 +67,7 @@ class EndpointOptions:
     depth: int = 512
     connect_seconds: float = 10.0
     probe_seconds: float = 3.0
-    silence_seconds: float = 12.0
+    silence_seconds: float = 11.0
 
 
 class Endpoint:

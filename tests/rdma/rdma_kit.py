@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import snapshot_kit
-from harness.device import device_address
 
 from rdma_mig.errors import MigrationError
 from rdma_mig.memory import GuestMemory, RamBlock
@@ -93,6 +91,9 @@ def _slowness() -> float:
 @functools.cache
 def device() -> tuple[str, str]:
     """Name and IPv4 address of the device to test with."""
+    # Imported here: a peer's process does without, and starts sooner.
+    from harness.device import device_address
+
     return device_address()
 
 
@@ -211,6 +212,10 @@ class Peer:
             finally:
                 self.endpoint.deregister_all()
 
+    def play_dead(self) -> None:
+        """Answer nothing from now on, as a host that has lost its network or its power."""
+        self.verbs.fail_queue_pair(self.endpoint._qp)
+
     def _stop(self, outcome: int) -> None:
         raise AssertionError(f"a write met {outcome}")
 
@@ -240,9 +245,9 @@ def dial(
 class RawListener:
     """A raw destination, listening; a context manager."""
 
-    def __init__(self, options: EndpointOptions | None = None) -> None:
+    def __init__(self, options: EndpointOptions | None = None, host: str = "") -> None:
         self.cancel = Cancel()
-        self.listener = Listener(device()[1], 0, self.cancel, options or EndpointOptions())
+        self.listener = Listener(host or device()[1], 0, self.cancel, options or EndpointOptions())
         self.peer: Peer | None = None
         self.asked = b""
 
@@ -386,6 +391,8 @@ class End:
         self, kind: type[MigrationError], match: str | None = None, seconds: float = 20
     ) -> MigrationError:
         """Wait until it has failed with this error, and check what an operator would read."""
+        import pytest
+
         with pytest.raises(kind, match=match) as caught:
             assert self.migration.wait(patience(seconds)), "it neither failed nor ended"
         error = caught.value
