@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(kit.PROJECT / "tests"))
 
-pytestmark = pytest.mark.rdma
+pytestmark = [pytest.mark.rdma, pytest.mark.full]
 
 RDMA_MIGRATE = Path(sys.executable).with_name("rdma-migrate")
 MIB = 1 << 20
@@ -37,7 +37,7 @@ def test_the_example_is_a_source(tmp_path):
         try:
             uri = incoming.stdout.readline().removeprefix("listening on ").strip()
             source = kit.check([sys.executable, script, uri])
-            assert incoming.wait(60) == 0
+            assert incoming.wait(180) == 0
         finally:
             incoming.kill()
     assert "destination: everything is on disk" in source
