@@ -47,7 +47,7 @@ def load() -> ModuleType:
             raise HostError(
                 "this rdma-mig was built without its RDMA layer",
                 remedy="apt-get install libibverbs-dev librdmacm-dev pkg-config, then install "
-                "rdma-mig again with -Csetup-args=-Dverbs=enabled",
+                "rdma-mig again with --config-settings=setup-args=-Dverbs=enabled",
             ) from None
         except ImportError as error:
             raise HostError(f"the RDMA layer cannot be loaded ({error})", remedy=_INSTALL) from None
