@@ -275,8 +275,10 @@ class Endpoint:
             raise MigrationCancelled(f"cancelled while waiting for {doing} ({self.peer})")
         if outcome == verbs.TIMED_OUT:
             raise MigrationTimeout(
-                f"no {doing} from {self.peer} within {deadline.seconds:.0f} s",
-                remedy="see what the other end does, or allow more with --timeout",
+                f"the limit of {deadline.seconds:g} s has passed; awaited was {doing} "
+                f"({self.peer})",
+                remedy="see what the other end does, or allow more with --timeout or "
+                "--stall-timeout, whichever was given",
             )
         if outcome == verbs.SILENT:
             raise PeerGone(
