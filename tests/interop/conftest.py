@@ -67,6 +67,18 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         time.sleep(0.05)
 
 
+#: Start and length, bytes, of what is random in the RAM of guests that run.
+RANDOM = (24 * support.MIB, 36 * support.MIB)
+
+
+def prepare(qemu: Qemu) -> None:
+    """Make a QEMU ready for migration, its guest running and with data that is not zero."""
+    qemu.set_capability("rdma-pin-all")
+    qemu.wait_heartbeat(2)
+    # Only now: the firmware works all over RAM until it has started the guest.
+    fill_random(qemu.memory_path, 1, *RANDOM)
+
+
 class SharedQemu:
     """A running QEMU that one test after the other uses, started when it is first needed.
 
@@ -75,7 +87,6 @@ class SharedQemu:
     """
 
     guest = Guest.dirtying(4)
-    random = (24 * support.MIB, 36 * support.MIB)  # start and length, where the guest does not go
 
     def __init__(self, **options: Any) -> None:
         self._options = options
@@ -86,15 +97,15 @@ class SharedQemu:
         if self._qemu is not None and not self._usable(self._qemu):
             self.close()
         if self._qemu is None:
-            qemu = Qemu(
+            self._qemu = Qemu(
                 guest=self.guest, name="source", timeout=support.patience(60), **self._options
             )
-            self._qemu = qemu
-            support.SHARED.append(qemu)
-            qemu.set_capability("rdma-pin-all")
-            # Not zero, so that it takes room on disk; not above what a migration has to carry.
-            fill_random(qemu.memory_path, 1, *self.random)
-            qemu.wait_heartbeat(2)
+            support.SHARED.append(self._qemu)
+            try:
+                prepare(self._qemu)
+            except BaseException:
+                self.close()
+                raise
         self._qemu.set_parameter("max-bandwidth", 0)
         return self._qemu
 
@@ -136,9 +147,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> support.Snapshot:
         # The first takes 45 KiB, more than a message of the stream; the last one fits into one.
         qemu.qmp("device_add", driver="virtio-rng-pci", addr="0x5")
         qemu.qmp("device_add", driver="pci-serial", addr="0x6")
-        qemu.set_capability("rdma-pin-all")
-        fill_random(qemu.memory_path, 2, *SharedQemu.random)
-        qemu.wait_heartbeat(2)
+        prepare(qemu)
         qemu.migrate(incoming.uri)
         qemu.wait_migration()
         completed = incoming.succeed().event("completed")

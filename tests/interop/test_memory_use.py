@@ -12,7 +12,7 @@ from support import MIB, OVERHEAD, Incoming, PeakMemory, outgoing, patience
 pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
 
 
-@pytest.mark.parametrize("memory", [64, pytest.param(512, marks=pytest.mark.full)])
+@pytest.mark.parametrize("memory", [64, pytest.param(256, marks=pytest.mark.full)])
 def test_peak_is_guest_ram_once(memory: int, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
     with (
