@@ -116,7 +116,8 @@ def test_what_cannot_be_the_mark_is_passed_on_at_once():
 def test_the_job_keeps_words_and_directory():
     text = job.script(
         ["printf", "%s|", "a b", "c'd", "$HOME"],
-        {"PATH": os.environ["PATH"], "SECRET": "x", "RDMA_X": "1 2", "PYTHONPATH": "/p"},
+        {"PATH": os.environ["PATH"], "SECRET": "x", "RDMA_X": "1 2", "PYTHONPATH": "/p"}
+        | {"PYTHONDONTWRITEBYTECODE": "1"},
         "/",
     )
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
@@ -124,6 +125,7 @@ def test_the_job_keeps_words_and_directory():
     assert "export RDMA_X='1 2'" in text
     assert "PYTHONPATH" in text
     assert "SECRET" not in text
+    assert "PYTHONDONTWRITEBYTECODE" not in text
     assert "export RDMA_MIG_DEVICE=rxe0" in text
 
 

@@ -10,13 +10,19 @@ from labvm.host import PROJECT, LabError, need
 
 DEVICE = "rxe0"
 PASSED_ON = re.compile(r"PATH|HOME|VIRTUAL_ENV|CI|(RDMA_|PY|MESONPY_|HYPOTHESIS_).*")
+# In the lab, caches of compiled modules are thrown away anyway, and emulated Python needs them.
+NOT_PASSED_ON = ("PYTHONDONTWRITEBYTECODE",)
 # The lab mounts its own here; directories of the host below them are brought back one by one.
 HIDDEN = (Path("/tmp"), Path("/run"), Path("/dev/shm"))
 
 
 def script(command: list[str], environment: dict[str, str], directory: str) -> str:
     """Return the bash script that the guest runs."""
-    passed = {k: v for k, v in environment.items() if PASSED_ON.fullmatch(k)}
+    passed = {
+        name: value
+        for name, value in environment.items()
+        if PASSED_ON.fullmatch(name) and name not in NOT_PASSED_ON
+    }
     # An unprivileged caller's PATH may lack the system directories; the job is root.
     passed["PATH"] = f"{passed.get('PATH', os.defpath)}:/usr/sbin:/usr/bin:/sbin:/bin"
     passed["RDMA_MIG_DEVICE"] = DEVICE
