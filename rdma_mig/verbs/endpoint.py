@@ -88,6 +88,7 @@ class Endpoint:
         from pyverbs.cq import CQ, CompChannel
         from pyverbs.device import Context
         from pyverbs.pd import PD
+        from pyverbs.pyverbs_error import PyverbsError
         from pyverbs.qp import QP, QPCap, QPInitAttr
 
         verbs = load()
@@ -107,22 +108,23 @@ class Endpoint:
         self._closing = contextlib.ExitStack()
         self._closed = False
         self._closing.callback(cmid.close)
+        self.device = "?"
+        entries = options.depth + options.slots + 1
         try:
             # One Context a CMID, no second: each of them believes that it owns the device.
             if cmid.context is None:
                 Context(cmid=cmid)
             context = cmid.context
-            self.device: str = cmid.dev_name or "?"
-            if isinstance(self.device, bytes):
-                self.device = self.device.decode()
+            name = cmid.dev_name or self.device
+            self.device = name.decode() if isinstance(name, bytes) else name
             self.max_message = verbs.max_message_size(context, verbs.port_number(cmid))
             self._pd = PD(context)
             self._closing.callback(self._pd.close)
             channel = CompChannel(context)
             self._closing.callback(channel.close)
-            entries = options.depth + options.slots + 1
             cq = CQ(context, entries, None, channel, 0)
             self._closing.callback(cq.close)
+            self._cq = cq
             cap = QPCap(
                 max_send_wr=options.depth,
                 max_recv_wr=options.slots,
@@ -151,6 +153,13 @@ class Endpoint:
             )
             for slot in range(options.slots):
                 self.queue.post_receive(slot)
+        except PyverbsError as error:
+            self.close()
+            raise explain_registration(
+                OSError(getattr(error, "error_code", 0), str(error)),
+                entries * 128,
+                f"queues of {self.device}",
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -275,8 +284,7 @@ class Endpoint:
             raise MigrationCancelled(f"cancelled while waiting for {doing} ({self.peer})")
         if outcome == verbs.TIMED_OUT:
             raise MigrationTimeout(
-                f"the limit of {deadline.seconds:g} s has passed; awaited was {doing} "
-                f"({self.peer})",
+                f"nothing came from {self.peer} within {deadline.seconds:g} s; awaited was {doing}",
                 remedy="see what the other end does, or allow more with --timeout or "
                 "--stall-timeout, whichever was given",
             )
