@@ -21,6 +21,7 @@ from support import (
     prompt,
     rdma_uri,
     slow_migration,
+    wait_for,
 )
 
 pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
@@ -34,7 +35,8 @@ def test_text_is_a_line_when_ready_then_progress_then_a_summary(snapshot: Snapsh
         uri = incoming.uri
         assert re.fullmatch(r"rdma:[0-9.]+:[1-9]\d*", uri)
         # Before anybody connects: a script may wait for this line as well.
-        assert incoming.stdout == f"listening on {uri}\n"
+        listening = f"listening on {uri}\n"
+        wait_for("the line", lambda: incoming.stdout == listening, incoming.timeout)
         with outgoing(snapshot.directory, uri, text=True) as source:
             source.succeed()
             sent, sent_progress = source.stdout.splitlines(), source.stderr.splitlines()
