@@ -7,6 +7,7 @@ division between them). Started by `make test` and `make test-full`.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -92,14 +93,34 @@ def collected(marks: str, arguments: list[str]) -> tuple[int, list[str]]:
     return done.returncode, sorted(set(found))
 
 
-def run(label: str, command: list[str], junit: Path, selected: bool) -> summary.Part:
-    print(f"==== {label} ====", flush=True)
-    junit.unlink(missing_ok=True)
-    began = time.monotonic()
-    status = subprocess.run(command, cwd=PROJECT, stdin=subprocess.DEVNULL, check=False).returncode
-    # As a shell counts: a process that a signal ended.
-    status = 128 - status if status < 0 else status
-    return summary.read(label, status, time.monotonic() - began, junit, may_be_empty=selected)
+class Run:
+    """One part under way: its output goes to the terminal, or to ``log`` until it is joined."""
+
+    def __init__(
+        self, label: str, command: list[str], junit: Path, *, selected: bool, log: Path | None
+    ) -> None:
+        self.label, self.junit, self.selected, self.log = label, junit, selected, log
+        junit.unlink(missing_ok=True)
+        self.began = time.monotonic()
+        if log is None:
+            print(f"==== {label} ====", flush=True)
+        with open(log, "wb") if log else contextlib.nullcontext() as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if log else None,
+            )
+
+    def join(self) -> summary.Part:
+        status = self.process.wait()
+        seconds = time.monotonic() - self.began
+        if self.log is not None:
+            print(f"==== {self.label} ====", self.log.read_text(errors="replace"), sep="\n")
+        # As a shell counts: a process that a signal ended.
+        status = 128 - status if status < 0 else status
+        return summary.read(self.label, status, seconds, self.junit, may_be_empty=self.selected)
 
 
 def main(arguments: list[str]) -> int:
@@ -115,20 +136,13 @@ def main(arguments: list[str]) -> int:
     # The lab, where compiling is slow, finds what this machine has compiled.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-    native = LOGS / "native.xml"
-    parts = [
-        run(
-            "native",
-            pytest_command(
-                f"not {DEVICE_MARKS}{wanted}", native, options.limit - GRACE_SECONDS, passed_on
-            ),
-            native,
-            selected,
-        )
-    ]
+    # Beside the lab, whose nested emulation keeps little more than one processor busy.
+    xml = LOGS / "native.xml"
+    marks = f"not {DEVICE_MARKS}{wanted}"
+    command = pytest_command(marks, xml, options.limit - GRACE_SECONDS, passed_on)
+    native = Run("native", command, xml, selected=selected, log=LOGS / "native.log")
+    parts = []
     device = LOGS / "device.xml"
-    # A native part that used up the time still leaves the device part a chance to say so.
-    left = max(deadline - time.monotonic(), 2 * GRACE_SECONDS)
     marks = f"{DEVICE_MARKS}{wanted}"
     named = os.environ.get("RDMA_MIG_DEVICE")
     label = f"device {named}" if named else "lab"
@@ -138,8 +152,11 @@ def main(arguments: list[str]) -> int:
         parts.append(summary.read(label, status, 0.0, device, may_be_empty=selected))
     else:
         arguments = passed_on if selected else files
+        left = max(deadline - time.monotonic(), 2 * GRACE_SECONDS)
         command = pytest_command(marks, device, left - GRACE_SECONDS, arguments)
-        parts.append(run(label, command if named else lab_command(left, command), device, selected))
+        command = command if named else lab_command(left, command)
+        parts.append(Run(label, command, device, selected=selected, log=None).join())
+    parts.insert(0, native.join())
 
     lines, status = summary.report(parts)
     print("==== summary ====", *lines, sep="\n", flush=True)

@@ -204,8 +204,8 @@ def main(arguments: list[str]) -> int:
         _tell(f"failed: {error}")
         if tail := _tail(console):
             print(tail, file=sys.stderr)
-    except TimedOut:
-        status, why = TIMED_OUT, f"timed out after {options.timeout:g} s"
+    except TimedOut as error:
+        status, why = TIMED_OUT, f"timed out after {options.timeout:g} s, {error}"
     except Stopped as stop:
         status = 128 + stop.number
     except BrokenPipeError:

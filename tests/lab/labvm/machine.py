@@ -216,7 +216,7 @@ class Machine:
         if not self.running:
             raise LabError(self.last_step, f"the machine ended: {self._last_words()}")
         if time.monotonic() >= deadline:
-            raise TimedOut
+            raise TimedOut(f"before the command began (boot step: {self.last_step})")
         raise LabError(self.last_step, f"not done after {BOOT_SECONDS:.0f} s")
 
     def wait_for(self, *outputs: Output) -> None:
@@ -231,7 +231,7 @@ class Machine:
 
         if not self.pump(done, deadline):
             if self.running:
-                raise TimedOut
+                raise TimedOut("while the command ran")
             raise LabError("job", f"the machine ended before its command: {self._last_words()}")
         assert self.status is not None
         if not self._outputs:
