@@ -15,7 +15,7 @@ from typing import Any
 from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGone
 from rdma_mig.verbs import addresses
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
-from rdma_mig.verbs.host import devices, require_rdma
+from rdma_mig.verbs.host import devices, require_rdma, unusable_devices
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 
@@ -57,6 +57,16 @@ class Event:
     request: Any = None
 
 
+def _no_channel(error: Any) -> HostError:
+    """Say why librdmacm cannot be used, although the device files can be opened."""
+    if getattr(error, "error_code", None) == errno.ENODEV:
+        return HostError(
+            f"libibverbs has no driver library for {', '.join(devices())}",
+            remedy="apt-get install ibverbs-providers (or what the adapter's vendor ships)",
+        )
+    return HostError(f"rdma_cm cannot be used: {error}", remedy="modprobe rdma_ucm")
+
+
 class EventChannel:
     """An rdma_cm event channel; it hands events to whom they concern. Closed by its owner."""
 
@@ -70,9 +80,7 @@ class EventChannel:
         try:
             self.raw = CMEventChannel()
         except PyverbsError as error:
-            raise HostError(
-                f"no rdma_cm event channel can be made: {error}", remedy="modprobe rdma_ucm"
-            ) from error
+            raise _no_channel(error) from error
         self.fd: int = self._verbs.event_channel_fd(self.raw)
         self._endpoints: dict[int, Endpoint] = {}
         self._listener: Any = None
@@ -308,7 +316,10 @@ class Listener:
         except MigrationError as error:
             self.events.turn_away(request, str(error).encode("ascii", "replace")[:147])
             raise
-        endpoint = Endpoint(request, self.events, self.cancel, self.options)
+        try:
+            endpoint = Endpoint(request, self.events, self.cancel, self.options)
+        except OSError:
+            return None
         try:
             endpoint.private_data = event.private_data
             endpoint.ready_to_receive()
@@ -378,6 +389,9 @@ def _bind_error(error: Exception, host: str, port: int) -> HostError:
             "who has it",
         )
     if code in (errno.ENODEV, errno.EADDRNOTAVAIL):
+        # librdmacm does not see a device that it may not open.
+        if code == errno.ENODEV and (unusable := unusable_devices()):
+            return unusable[0]
         return HostError(
             f"{host} is not the address of an RDMA device on this host "
             f"(devices: {', '.join(devices())})",

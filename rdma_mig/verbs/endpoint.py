@@ -210,14 +210,19 @@ class Endpoint:
         """Pin and register ``length`` bytes at ``address``; the endpoint closes it at the latest.
 
         Raises:
-            HostError: the memory cannot be pinned; ``what`` names it in the message.
+            HostError: the memory cannot be pinned; ``what`` names it in the message. The holder has
+                been released then.
         """
         try:
             region: _verbs.MemoryRegion = self._verbs.MemoryRegion(
                 self._pd, address, length, remote_write=remote_write, holder=holder
             )
-        except OSError as error:
-            raise explain_registration(error, length, what) from error
+        except BaseException as error:
+            if holder is not None:
+                holder.release()
+            if isinstance(error, OSError):
+                raise explain_registration(error, length, what) from error
+            raise
         self._regions.append(region)
         return region
 

@@ -14,7 +14,13 @@ from pathlib import Path
 
 from rdma_mig.errors import HostError
 
-__all__ = ["devices", "explain_registration", "require_lockable", "require_rdma"]
+__all__ = [
+    "devices",
+    "explain_registration",
+    "require_lockable",
+    "require_rdma",
+    "unusable_devices",
+]
 
 _CLASS = Path("/sys/class/infiniband")
 _DEV = Path("/dev/infiniband")
@@ -79,19 +85,23 @@ def require_rdma() -> None:
             "rdma link add rxe0 type rxe netdev INTERFACE",
         )
     _require_access(_CM, "modprobe rdma_ucm")
-    failure: HostError | None = None
-    for name in names:
+    failures = unusable_devices()
+    if len(failures) == len(names):
+        raise failures[-1]
+
+
+def unusable_devices() -> list[HostError]:
+    """Return why devices of this host cannot be used by this process, one error for each."""
+    failures = []
+    for name in devices():
         path = _uverbs(name)
         try:
             if path is None:
                 raise HostError(f"device {name} has no file in {_DEV}", remedy="modprobe ib_uverbs")
             _require_access(path, "modprobe ib_uverbs")
         except HostError as error:
-            failure = error
-        else:
-            return
-    assert failure is not None
-    raise failure
+            failures.append(error)
+    return failures
 
 
 def _mib(size: int) -> str:

@@ -49,7 +49,8 @@ def load() -> ModuleType:
                 remedy="apt-get install libibverbs-dev librdmacm-dev pkg-config, then install "
                 "rdma-mig again with --config-settings=setup-args=-Dverbs=enabled",
             ) from None
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
+            # ValueError: modules of pyverbs that were built for different versions of each other.
             raise HostError(f"the RDMA layer cannot be loaded ({error})", remedy=_INSTALL) from None
     finally:
         root.handlers[:] = handlers

@@ -53,6 +53,28 @@ def _deadline(request: pytest.FixtureRequest) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _importable_by_everybody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the processes that tests start import the package as it is now.
+
+    An editable install looks for changed sources in each process, which takes long, and writes into
+    the build directory, which an unprivileged user may not.
+    """
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "_build_path")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        if finders and not kit.is_plain_install():
+            target = tmp_path_factory.mktemp("package")
+            kit.copy_package(target / "rdma_mig")
+            for path in (target, *target.parents):
+                if path.is_relative_to(tmp_path_factory.getbasetemp().parent):
+                    path.chmod(0o755)
+            patch.setenv("PYTHONPATH", str(target), prepend=":")
+            patch.setenv("PYTHONSAFEPATH", "1")
+            patch.setenv("MESONPY_EDITABLE_SKIP", ":".join(str(f._build_path) for f in finders))
+        yield
+
+
 @pytest.fixture
 def address() -> str:
     """An address of the verbs device; without a device the test fails."""

@@ -7,9 +7,11 @@ it to say. It lives in a thread of the test's process, or in one of its own (``r
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import functools
 import json
+import shutil
 import subprocess
 import threading
 import time
@@ -19,6 +21,7 @@ from typing import Any
 
 import snapshot_kit
 
+import rdma_mig
 from rdma_mig.errors import MigrationError
 from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.memory.ram import GuestRam
@@ -106,6 +109,14 @@ def resources() -> dict[str, int]:
     return {kind: entry[kind] for kind in ("pd", "cq", "qp", "cm_id", "mr", "ctx")}
 
 
+def settle(before: dict[str, int]) -> None:
+    """Wait until no more verbs objects exist than before; the kernel takes a moment."""
+    end = time.monotonic() + patience(5)
+    while any(now > before[kind] for kind, now in resources().items()):
+        assert time.monotonic() < end, f"left behind: {before} became {resources()}"
+        time.sleep(0.05)
+
+
 def pinned() -> int:
     """Bytes that this process has pinned in memory regions (VmPin)."""
     line = next(
@@ -114,6 +125,24 @@ def pinned() -> int:
         if line.startswith("VmPin:")
     )
     return int(line.split()[1]) * 1024
+
+
+def is_plain_install() -> bool:
+    """Whether the package and its extension modules lie in one directory."""
+    from rdma_mig import _pages
+
+    return Path(_pages.__file__).parent == Path(rdma_mig.__file__).parent
+
+
+def copy_package(target: Path) -> None:
+    """Put the package, with the extension modules in use, into one directory."""
+    from rdma_mig import _pages
+
+    source = Path(rdma_mig.__file__).parent
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for module in (_pages, load()):
+        shutil.copy(module.__file__, target)
+    compileall.compile_dir(target, quiet=2)
 
 
 class Worker(threading.Thread):
@@ -242,6 +271,15 @@ def dial(
             peer.close()
 
 
+def dial_and_forget(cancel: Cancel) -> Endpoint:
+    """A connection whose other end is gone, for the caller not to close."""
+    with RawListener() as listener:
+        accepted = Worker(listener.accept)
+        endpoint = connect(*listener.listener.address, PLAIN, cancel, EndpointOptions())
+        accepted.result()
+        return endpoint
+
+
 class RawListener:
     """A raw destination, listening; a context manager."""
 
@@ -249,6 +287,7 @@ class RawListener:
         self.cancel = Cancel()
         self.listener = Listener(host or device()[1], 0, self.cancel, options or EndpointOptions())
         self.peer: Peer | None = None
+        self._worker: Worker | None = None
         self.asked = b""
 
     @property
@@ -266,10 +305,23 @@ class RawListener:
         self.peer = Peer(self.listener.accept(answer, Deadline.after(patience(seconds))))
         return self.peer
 
+    def serve(self, step: str, reply: bytes = PLAIN) -> None:
+        """Accept a source and behave well up to this step, in a thread that ends with this."""
+
+        def work() -> None:
+            until(step, act_as_destination(self.accept(reply, 60)))
+
+        self._worker = Worker(work)
+
     def __enter__(self) -> RawListener:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.cancel.request()
+        if self._worker is not None:
+            # What it met does not matter: the test looks at the other end.
+            with contextlib.suppress(MigrationError):
+                self._worker.result()
         if self.peer is not None:
             self.peer.close()
         self.listener.close()
