@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the tests on a device are part of every run.
+
+All of them together take minutes on a device and an hour where the processor is emulated. `make
+test` has twelve minutes there, so it runs the ones listed here: each thing that the project claims,
+once. `make test-full` runs all.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# The beginning of a node id below tests/: a file, a test, or one of its cells.
+IN_EVERY_RUN = (
+    "interop/test_round_trip.py",
+    "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[1]",
+    "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
+    "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
+    "interop/test_commands.py::test_text_is_a_line_when_ready_then_progress_then_a_summary",
+    "interop/test_commands.py::test_signal_in_mid_transfer_leaves_the_guest_to_its_source[15]",
+    "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
+    "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
+    "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",
+    "rdma/test_rdma_bad_source.py::test_other_version_is_rejected_with_a_reason[2]",
+    "rdma/test_rdma_bad_source.py::test_second_client_is_rejected_while_one_is_served",
+    "rdma/test_rdma_bad_source.py::test_source_that_disconnects_at_any_step[RAM handed over]",
+    "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
+    "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
+    "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
+    "rdma/test_rdma_hooks.py::test_when_pages_are_merged_and_when_they_are_written",
+    "rdma/test_rdma_hooks.py::test_page_by_page_and_in_bulk_the_same_bytes_arrive[pin-all]",
+    "rdma/test_rdma_host_cannot.py::test_device_files_that_may_not_be_opened[both]",
+    "rdma/test_rdma_host_cannot.py::test_port_that_is_taken",
+    "rdma/test_rdma_host_cannot.py::test_name_that_does_not_resolve[no-such-host.invalid]",
+    "rdma/test_rdma_host_cannot.py::test_memory_that_may_not_be_locked",
+    "rdma/test_rdma_host_cannot.py::test_no_device",
+    "rdma/test_rdma_host_cannot.py::test_no_pyverbs",
+    "rdma/test_rdma_host_cannot.py::test_whole_migration_as_an_unprivileged_user",
+    "rdma/test_rdma_lost_peer.py::test_killed_source_is_noticed[in the last phase]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `full` what needs a device and is not listed; a line must fit something."""
+    names = {item: item.nodeid.removeprefix("tests/") for item in items}
+    files = {name.partition("::")[0] for name in names.values()}
+    for item, name in names.items():
+        on_device = any(item.get_closest_marker(mark) for mark in ("rdma", "qemu"))
+        if on_device and not name.startswith(IN_EVERY_RUN):
+            item.add_marker(pytest.mark.full)
+    if any("::" in argument for item in items[:1] for argument in item.config.args):
+        return  # single tests were asked for: most lines fit none of them
+    for line in IN_EVERY_RUN:
+        if line.partition("::")[0] in files and not any(
+            name.startswith(line) for name in names.values()
+        ):
+            raise pytest.UsageError(f"tests/conftest.py: no test begins with {line}")
