@@ -122,6 +122,33 @@ class Run:
         status = 128 - status if status < 0 else status
         return summary.read(self.label, status, seconds, self.junit, may_be_empty=self.selected)
 
+    def stop(self) -> None:
+        """End it where it still runs: `timeout` and the lab pass a SIGTERM on."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
+
+def device_part(wanted: str, selected: bool, deadline: float, passed_on: list[str]) -> summary.Part:
+    """Run the tests that need a device, where there is one."""
+    device = LOGS / "device.xml"
+    marks = f"{DEVICE_MARKS}{wanted}"
+    named = os.environ.get("RDMA_MIG_DEVICE")
+    label = f"device {named}" if named else "lab"
+    status, files = collected(marks, passed_on)
+    if status:
+        device.unlink(missing_ok=True)
+        return summary.read(label, status, 0.0, device, may_be_empty=selected)
+    arguments = passed_on if selected else files
+    left = max(deadline - time.monotonic(), 2 * GRACE_SECONDS)
+    command = pytest_command(marks, device, left - GRACE_SECONDS, arguments)
+    command = command if named else lab_command(left, command)
+    run = Run(label, command, device, selected=selected, log=None)
+    try:
+        return run.join()
+    finally:
+        run.stop()
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -141,22 +168,11 @@ def main(arguments: list[str]) -> int:
     marks = f"not {DEVICE_MARKS}{wanted}"
     command = pytest_command(marks, xml, options.limit - GRACE_SECONDS, passed_on)
     native = Run("native", command, xml, selected=selected, log=LOGS / "native.log")
-    parts = []
-    device = LOGS / "device.xml"
-    marks = f"{DEVICE_MARKS}{wanted}"
-    named = os.environ.get("RDMA_MIG_DEVICE")
-    label = f"device {named}" if named else "lab"
-    status, files = collected(marks, passed_on)
-    if status:
-        device.unlink(missing_ok=True)
-        parts.append(summary.read(label, status, 0.0, device, may_be_empty=selected))
-    else:
-        arguments = passed_on if selected else files
-        left = max(deadline - time.monotonic(), 2 * GRACE_SECONDS)
-        command = pytest_command(marks, device, left - GRACE_SECONDS, arguments)
-        command = command if named else lab_command(left, command)
-        parts.append(Run(label, command, device, selected=selected, log=None).join())
-    parts.insert(0, native.join())
+    try:
+        parts = [device_part(wanted, selected, deadline, passed_on)]
+        parts.insert(0, native.join())
+    finally:
+        native.stop()
 
     lines, status = summary.report(parts)
     print("==== summary ====", *lines, sep="\n", flush=True)
@@ -164,4 +180,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
