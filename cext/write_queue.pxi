@@ -55,7 +55,7 @@ cdef class WriteQueue:
         self.targets = NULL
         self.pending_block = -1
 
-    def __init__(self, WorkQueue work, *, uint64_t chunk_size, uint64_t max_write, interrupted):
+    def __init__(self, WorkQueue work not None, *, uint64_t chunk_size, uint64_t max_write, interrupted):
         if chunk_size == 0 or chunk_size & (chunk_size - 1):
             raise ValueError("chunk_size must be a power of two")
         if not 0 < max_write <= 1 << 30:
@@ -223,6 +223,8 @@ cdef class WriteQueue:
     def save_page(self, int block, uint64_t offset, uint64_t size) -> None:
         """Take one page of a block: offset and size in bytes."""
         self.require(block, offset, size)
+        if offset % self.chunk_size + size > self.chunk_size:
+            raise ValueError(f"the page at {offset} crosses a border between chunks")
         cdef int result = self.append(block, offset, size)
         while result != _DONE:
             self.resume(result)

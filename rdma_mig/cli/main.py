@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -30,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, in one line: the usage of every option does not help who mistyped one."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(ExitStatus.USAGE, f"rdma-migrate: {message}; see {self.prog} --help\n")
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        self.exit(ExitStatus.USAGE, f"rdma-migrate: {line}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):
@@ -79,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         return int(args.run(args))
     except MigrationError as error:
         if os.environ.get("RDMA_MIG_DEBUG"):
@@ -91,9 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rdma-migrate: interrupted", file=sys.stderr)
         return int(ExitStatus.TIMED_OUT_OR_CANCELLED)
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more at exit.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        # Whoever read our output has gone, or its disk is full; Python would complain once more at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            print(f"rdma-migrate: standard output: {error.strerror}", file=sys.stderr)
         return int(ExitStatus.FAILED)
 
 

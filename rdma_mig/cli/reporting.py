@@ -66,10 +66,8 @@ class Reporter:
         if ready_fd is not None:
             try:
                 os.fstat(ready_fd)
-            except OSError as error:
-                raise UsageError(
-                    f"--ready-fd {ready_fd} is not an open descriptor ({error.strerror})"
-                ) from None
+            except (OSError, OverflowError):
+                raise UsageError(f"--ready-fd {ready_fd} is not an open descriptor") from None
 
     def __call__(self, event: MigrationEvent) -> None:
         """Show one event; called on the migration's thread."""

@@ -236,7 +236,12 @@ class RdmaIncoming:
             guest = ram[record.block_index]
             key = (guest.index, first)
             region = self._chunks.get(key)
-            if region is None or region[1] < record.chunks:
+            if region is not None and region[1] < record.chunks:
+                # The wider range takes the place of the narrower one, whose key dies with it:
+                # otherwise growing requests could pin the same memory over and over.
+                self._endpoint.deregister(region[0])
+                region = None
+            if region is None:
                 start, _size = chunk_range(first, guest.block.length)
                 last, size = chunk_range(first + record.chunks, guest.block.length)
                 region = (

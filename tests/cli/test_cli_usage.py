@@ -137,6 +137,8 @@ def test_in_a_process_the_same(tmp_path):
         (["incoming", "rdma:h:1", "-o", "x", "--ready-fd", "three"], "--ready-fd"),
         (["incoming", "rdma:h:1", "-o", "x", "--ready-fd", "-1"], "-1"),
         (["incoming", "rdma:h:1", "-o", "x", "--ready-fd", "1234"], "1234 is not an open"),
+        (["incoming", "rdma:h:1", "-o", "x", "--ready-fd", "9" * 30], "is not an open descriptor"),
+        (["incoming", "rdma:h:1", "-o", "x", "--bogus\nsecond line"], "bogus"),
         (["outgoing"], "DIR"),
         (["outgoing", "dir"], "rdma:HOST:PORT"),
         (["outgoing", "dir", "rdma:h:0"], "for listening only"),
@@ -277,6 +279,23 @@ def test_broken_pipe(tmp_path):
         os.close(writer)
     assert result.returncode == 1
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+@pytest.mark.parametrize("full", [False, True])
+def test_help_that_cannot_be_written(argument, full):
+    if full:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+    try:
+        result = run(argument, stdout=writer)
+    finally:
+        os.close(writer)
+    assert result.returncode == 1
+    said = "rdma-migrate: standard output: No space left on device\n" if full else ""
+    assert result.stderr == said
 
 
 def test_migration_that_nobody_watches_says_why_it_failed_all_the_same(tmp_path):
