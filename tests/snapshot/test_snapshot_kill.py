@@ -105,15 +105,16 @@ def test_killed_at_any_time(tmp_path):
         assert os.waitpid(forked(write), 0)[1] == 0
         took = time.monotonic() - begun
         assert check_and_clear(path) == (True, False)
-        outcomes = set()
-        for step in range(20):
+        outcomes = []
+        # Later and later, until one was let finish: a busy machine may take its time.
+        while len(outcomes) < 20 or (True, False) not in outcomes:
+            assert len(outcomes) < 300, "no run was let finish"
             pid = forked(write)
-            time.sleep(took * step / 15)
+            time.sleep(took * len(outcomes) / 15)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            outcomes.add(check_and_clear(path))
+            outcomes.append(check_and_clear(path))
     assert (False, True) in outcomes, "no kill met a writer at work"
-    assert (True, False) in outcomes, "no run was let finish"
 
 
 def test_a_partial_at_work_is_not_stale(tmp_path, memories):
