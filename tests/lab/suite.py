@@ -2,14 +2,17 @@
 """All tests: those that run anywhere on this machine, those that need a device where one is.
 
 The device part runs on this machine where RDMA_MIG_DEVICE names its device, else in one boot of
-the lab. Arguments are passed on to pytest; paths and -k select from both parts (-m would undo the
-division between them). Started by `make test` and `make test-full`.
+the lab, or in another lab that RDMA_MIG_LAB is the command of: it runs the command behind it, on
+this machine's files, with test-logs/ writable, where RDMA_MIG_DEVICE (else rxe0) is. Arguments are
+passed on to pytest; paths and -k select from both parts (-m would undo the division between them).
+Started by `make test` and `make test-full`.
 """
 
 import argparse
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,6 +138,8 @@ def device_part(wanted: str, selected: bool, deadline: float, passed_on: list[st
     marks = f"{DEVICE_MARKS}{wanted}"
     named = os.environ.get("RDMA_MIG_DEVICE")
     label = f"device {named}" if named else "lab"
+    if os.environ.get("RDMA_MIG_LAB"):
+        label = "other lab"
     status, files = collected(marks, passed_on)
     if status:
         device.unlink(missing_ok=True)
@@ -142,7 +147,15 @@ def device_part(wanted: str, selected: bool, deadline: float, passed_on: list[st
     arguments = passed_on if selected else files
     left = max(deadline - time.monotonic(), 2 * GRACE_SECONDS)
     command = pytest_command(marks, device, left - GRACE_SECONDS, arguments)
-    command = command if named else lab_command(left, command)
+    other = os.environ.get("RDMA_MIG_LAB")
+    if other:
+        # It may hand on little of our environment, so all that counts goes with the command.
+        kept = ("MESONPY_EDITABLE_SKIP", "PYTHONPATH", "PYTHONSAFEPATH")
+        settings = [f"{name}={os.environ[name]}" for name in kept]
+        device_name = f"RDMA_MIG_DEVICE={named or 'rxe0'}"
+        command = [*shlex.split(other), "env", device_name, *settings, *command]
+    elif not named:
+        command = lab_command(left, command)
     run = Run(label, command, device, selected=selected, log=None)
     try:
         return run.join()
