@@ -13,7 +13,7 @@ import pytest
 # The beginning of a node id below tests/: a file, a test, or one of its cells.
 IN_EVERY_RUN = (
     "interop/test_round_trip.py",
-    "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[1]",
+    "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
     "interop/test_commands.py::test_text_is_a_line_when_ready_then_progress_then_a_summary",

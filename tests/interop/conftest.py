@@ -137,19 +137,37 @@ def source(_shared_source: SharedQemu) -> Qemu:
     return _shared_source.get()
 
 
-@pytest.fixture(scope="session")
-def snapshot(tmp_path_factory: pytest.TempPathFactory) -> support.Snapshot:
-    """A running guest on a machine with two more devices than usual, kept as a snapshot."""
-    directory = tmp_path_factory.mktemp("snapshot") / "kept"
-    machine = {"machine": "pc", "guest": Guest.dirtying(4), "timeout": support.patience(60)}
-    with support.Incoming(directory) as incoming, Qemu(**machine, name="source") as qemu:
-        # Plugged in when all others are there, or their state would come before globalstate's.
-        # The first takes 45 KiB, more than a message of the stream; the last one fits into one.
-        qemu.qmp("device_add", driver="virtio-rng-pci", addr="0x5")
-        qemu.qmp("device_add", driver="pci-serial", addr="0x6")
+def take_snapshot(directory: Path, machine: str, devices: list[dict[str, str]]) -> support.Snapshot:
+    """Keep a running guest whose machine has these devices more than usual."""
+    options = {"machine": machine, "guest": Guest.dirtying(4), "timeout": support.patience(60)}
+    with support.Incoming(directory) as incoming, Qemu(**options, name="source") as qemu:
+        for device in devices:
+            # Plugged in when all others are there, or its state would come before globalstate's.
+            qemu.qmp("device_add", None, **device)
         prepare(qemu)
         qemu.migrate(incoming.uri)
         qemu.wait_migration()
         completed = incoming.succeed().event("completed")
-    last_devices = ["virtio-rng-pci,addr=0x5", "pci-serial,addr=0x6"]
-    return support.Snapshot(directory, completed, machine, last_devices)
+    last = [f"{device['driver']},addr={device['addr']}" for device in devices]
+    return support.Snapshot(directory, completed, options, last)
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> support.Snapshot:
+    """A running guest whose device state fits into one message and has nothing behind its end."""
+    return take_snapshot(
+        tmp_path_factory.mktemp("snapshot") / "kept",
+        "pc,suppress-vmdesc=on",
+        [{"driver": "pci-serial", "addr": "0x6"}],
+    )
+
+
+@pytest.fixture(scope="session")
+def long_snapshot(tmp_path_factory: pytest.TempPathFactory) -> support.Snapshot:
+    """A running guest whose device state takes several messages, and its description more."""
+    return take_snapshot(
+        tmp_path_factory.mktemp("long-snapshot") / "kept",
+        "pc",
+        # The first takes 45 KiB.
+        [{"driver": "virtio-rng-pci", "addr": "0x5"}, {"driver": "pci-serial", "addr": "0x6"}],
+    )
