@@ -222,6 +222,12 @@ class SnapshotDestination:
                 if transport.disconnected and self._scanner.closes_without_description:
                     return
                 raise
+            if not data:
+                if self._scanner.closes_without_description:
+                    return
+                raise RemoteProtocolError(
+                    f"{transport.peer} ended the stream within the device state"
+                )
 
     # ---- keeping it ----
 

@@ -135,6 +135,8 @@ class SnapshotSource:
         confirmed = self._device_state(file, transport)
         ended = time.monotonic()
         if transport.final_ack:
+            if manifest.eof_offset == manifest.device_state.size:
+                transport.send_stream_end()
             ack = transport.wait_final_ack()
             if ack.status != 0:
                 raise MigrationError(

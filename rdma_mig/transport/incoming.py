@@ -130,8 +130,10 @@ class RdmaIncoming:
     # ---- ByteChannel ----
 
     def read(self) -> bytes:
-        """Ask for, and wait for, the next bytes of the stream."""
+        """Ask for, and wait for, the next bytes of the stream; empty when it has ended."""
         message = self.control.receive("the next part of the migration stream")
+        if message.type is ControlType.STREAM_END and self.final_ack:
+            return b""
         if message.type is not ControlType.QEMU_FILE:
             raise RemoteProtocolError(
                 f"{self.peer} sent {message.type.name} where QEMU_FILE was due"

@@ -330,6 +330,13 @@ class RdmaOutgoing:
 
         return send
 
+    def send_stream_end(self) -> None:
+        """Say that nothing follows: without a description the destination could not know.
+
+        Only where ``final_ack`` is agreed on; a QEMU knows the end by itself.
+        """
+        self.control.send(ControlMessage(ControlType.STREAM_END))
+
     def wait_final_ack(self) -> FinalAck:
         """Wait for the destination's word that RAM and device state are whole and on disk."""
         message = self.control.await_message(

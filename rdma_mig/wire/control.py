@@ -87,6 +87,8 @@ class ControlType(IntEnum):
     UNREGISTER_FINISHED = 11
     #: Ours; sent only where both ends announced FEATURE_FINAL_ACK in the handshake.
     FINAL_ACK = 0x524D_4701
+    #: Ours, under the same condition: the stream ends here, no description follows.
+    STREAM_END = 0x524D_4702
 
 
 _TYPES: dict[int, ControlType] = {int(kind): kind for kind in ControlType}
@@ -97,6 +99,7 @@ _EMPTY = frozenset(
         ControlType.RAM_BLOCKS_REQUEST,
         ControlType.REGISTER_FINISHED,
         ControlType.UNREGISTER_FINISHED,
+        ControlType.STREAM_END,
     }
 )
 _COUNTED = frozenset({ControlType.REGISTER_REQUEST, ControlType.UNREGISTER_REQUEST})

@@ -29,10 +29,7 @@ pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
 BOTH = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
 
 
-def test_text_is_a_line_when_ready_then_progress_then_a_summary(
-    long_snapshot: Snapshot, tmp_path: Path
-):
-    snapshot = long_snapshot
+def test_text_is_a_line_when_ready_then_progress_then_a_summary(snapshot: Snapshot, tmp_path: Path):
     kept = tmp_path / "kept"
     with Incoming(kept, text=True) as incoming:
         uri = incoming.uri

@@ -119,7 +119,6 @@ def test_destination_killed_in_mid_transfer(snapshot: Snapshot, phase: str):
     assert uri.removeprefix("rdma:") in line
 
 
-@pytest.mark.xfail(reason="the destination is never told that no description follows")
 def test_snapshot_without_description_goes_on_to_another_disk(snapshot: Snapshot, tmp_path: Path):
     with Incoming(tmp_path / "kept") as incoming, outgoing(snapshot.directory, incoming.uri) as to:
         to.succeed()

@@ -30,6 +30,7 @@ EMPTY = [
     ControlType.RAM_BLOCKS_REQUEST,
     ControlType.REGISTER_FINISHED,
     ControlType.UNREGISTER_FINISHED,
+    ControlType.STREAM_END,
 ]
 REQUESTS = [ControlType.REGISTER_REQUEST, ControlType.UNREGISTER_REQUEST]
 
