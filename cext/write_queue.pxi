@@ -55,7 +55,8 @@ cdef class WriteQueue:
         self.targets = NULL
         self.pending_block = -1
 
-    def __init__(self, WorkQueue work not None, *, uint64_t chunk_size, uint64_t max_write, interrupted):
+    def __init__(self, WorkQueue work not None, *, uint64_t chunk_size, uint64_t max_write,
+                 interrupted):
         if chunk_size == 0 or chunk_size & (chunk_size - 1):
             raise ValueError("chunk_size must be a power of two")
         if not 0 < max_write <= 1 << 30:
