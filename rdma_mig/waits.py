@@ -7,8 +7,8 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
-from types import TracebackType
 
+from rdma_mig.closing import Closing
 from rdma_mig.errors import MigrationCancelled
 
 __all__ = ["Cancel", "Deadline"]
@@ -52,7 +52,7 @@ class Deadline:
         return bool(self.ns) and time.monotonic_ns() >= self.ns
 
 
-class Cancel:
+class Cancel(Closing):
     """A flag with a descriptor, so that a wait in poll() ends when it is raised.
 
     ``request()`` may be called from any thread and from a signal handler, at any time and more
@@ -88,17 +88,6 @@ class Cancel:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Cancel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from rdma_mig import _pages
+from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationCancelled
 
 __all__ = ["GuestMemory", "MemoryHold"]
@@ -68,7 +69,7 @@ class MemoryHold:
         self.release()
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """Memory of one RAM block, all zeros at first; no page is allocated until it is touched.
 
     A context manager; closing is refused while anything holds it.
@@ -237,17 +238,6 @@ class GuestMemory:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._map is None else f"at {self.address:#x}"

@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
+from rdma_mig.closing import Closing
 from rdma_mig.memory.blocks import CHUNK_SIZE, RamBlock
 from rdma_mig.memory.guest import GuestMemory
 
@@ -32,7 +31,7 @@ class GuestBlock:
     offset: int
 
 
-class GuestRam:
+class GuestRam(Closing):
     """All RAM of one guest; a context manager that frees the memory.
 
     Args:
@@ -100,14 +99,3 @@ class GuestRam:
         with contextlib.ExitStack() as stack:
             for guest in self._blocks:
                 stack.callback(guest.memory.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import TracebackType
-from typing import Self
 
+from rdma_mig.closing import Closing
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.migration.events import MigrationEvent
 from rdma_mig.waits import Cancel
@@ -64,7 +63,7 @@ def migrate_get_current() -> Migration | None:
     return _current
 
 
-class Migration:
+class Migration(Closing):
     """Owns one migration: state, cancellation, and the one thread that touches the verbs objects.
 
     Args:
@@ -173,17 +172,6 @@ class Migration:
         if self._worker is not None:
             self._worker.join()
         self.cancellation.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import xxhash
 
 from rdma_mig import _pages
+from rdma_mig.closing import Closing
 from rdma_mig.errors import MigrationCancelled, SnapshotError
 from rdma_mig.memory import (
     CHUNK_SIZE,
@@ -46,7 +46,7 @@ _ZERO_DIGEST: Final = bytes(DIGEST_SIZE)
 _DAMAGED: Final = "restore the file from a copy, or take the snapshot again"
 
 
-class Snapshot:
+class Snapshot(Closing):
     """A snapshot directory, open for reading; made by `Snapshot.open`. A context manager.
 
     Files are opened relative to the directory's descriptor by names fixed in this package, and
@@ -353,17 +353,6 @@ class Snapshot:
         fd, self._dir = self._dir, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_dir", -1) >= 0:

@@ -9,9 +9,9 @@ import select
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGone
 from rdma_mig.verbs import addresses
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
@@ -230,7 +230,7 @@ def _event_error(event: Event, doing: str, peer: str) -> MigrationError:
     return PeerGone(f"{name}{status} while {doing} ({peer})")
 
 
-class Listener:
+class Listener(Closing):
     """A listening address; accept() takes the first client.
 
     Args:
@@ -361,17 +361,6 @@ class Listener:
         self._closed = True
         self.stop()
         self.events.close()
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

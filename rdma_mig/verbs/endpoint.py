@@ -13,10 +13,10 @@ import contextlib
 import mmap
 import warnings
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rdma_mig import _pages
+from rdma_mig.closing import Closing
 from rdma_mig.errors import (
     HostError,
     LocalProtocolError,
@@ -70,7 +70,7 @@ class EndpointOptions:
     silence_seconds: float = 11.0
 
 
-class Endpoint:
+class Endpoint(Closing):
     """A connection that ``rdma_mig.verbs.cm`` set up. Used from one thread; close() releases all.
 
     Attributes:
@@ -349,17 +349,6 @@ class Endpoint:
         self._closing.close()
         if self._owns_events:
             self.events.close()
-
-    def __enter__(self) -> Endpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
