@@ -126,7 +126,9 @@ def _mappings(pid: int) -> tuple[list[tuple[int, int]], list[int]]:
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         extent, access = line.split()[:2]
         low, high = (int(address, 16) for address in extent.split("-"))
-        if access.startswith("rw"):
+        # Not what is executable too: that is the translator's, in pieces with guards of their own,
+        # whose size follows from the machine's memory.
+        if access.startswith("rw-"):
             accessible.append((low, high))
         elif access.startswith("---"):
             guards.append(low)
