@@ -126,9 +126,9 @@ def _mappings(pid: int) -> tuple[list[tuple[int, int]], list[int]]:
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         extent, access = line.split()[:2]
         low, high = (int(address, 16) for address in extent.split("-"))
-        # Not what is executable too: that is the translator's, in pieces with guards of their own,
-        # whose size follows from the machine's memory.
-        if access.startswith("rw-"):
+        # Private and not executable: main RAM is a shared file here, whose end would pass for a
+        # block's, and what is executable is the translator's.
+        if access == "rw-p":
             accessible.append((low, high))
         elif access.startswith("---"):
             guards.append(low)
