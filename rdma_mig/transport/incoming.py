@@ -13,8 +13,8 @@ from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_range
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
-from rdma_mig.verbs.cm import Listener
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
+from rdma_mig.verbs.listener import Listener
 from rdma_mig.waits import Cancel, Deadline
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (

@@ -17,7 +17,7 @@ from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
 from rdma_mig.memory.ram import GuestBlock, GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
-from rdma_mig.verbs.cm import connect
+from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel

@@ -31,9 +31,12 @@ from rdma_mig.waits import Cancel, Deadline
 
 if TYPE_CHECKING:
     from rdma_mig import _verbs
-    from rdma_mig.verbs.cm import EventChannel
+    from rdma_mig.verbs.events import EventChannel
 
-__all__ = ["Endpoint", "EndpointOptions", "Holder"]
+__all__ = ["RNR_RETRY_FOREVER", "Endpoint", "EndpointOptions", "Holder"]
+
+# Receiver-not-ready retries: InfiniBand takes 7 for "as long as it takes".
+RNR_RETRY_FOREVER = 7
 
 # ibv_wc_status values that say something about the peer (InfiniBand specification, 11.6.2).
 _STATUS_RETRY_EXCEEDED = 12
@@ -71,7 +74,7 @@ class EndpointOptions:
 
 
 class Endpoint(Closing):
-    """A connection that ``rdma_mig.verbs.cm`` set up. Used from one thread; close() releases all.
+    """A connection that a Listener or connect() set up. Used from one thread; close() releases all.
 
     Attributes:
         peer: HOST:PORT of the other end, for messages.
@@ -182,7 +185,7 @@ class Endpoint(Closing):
         # access flags, and a queue pair without them answers a liveness probe with an error.
         self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_INIT)
         self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_RTR)
-        self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_RTS, 7)
+        self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_RTS, RNR_RETRY_FOREVER)
 
     def established(self) -> None:
         """Both ends have agreed: from now on close() disconnects first."""

@@ -35,8 +35,9 @@ from rdma_mig.migration.receive import SnapshotDestination
 from rdma_mig.migration.send import SnapshotSource
 from rdma_mig.migration.state import Migration
 from rdma_mig.snapshot import Snapshot
-from rdma_mig.verbs.cm import Listener, connect
+from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
+from rdma_mig.verbs.listener import Listener
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 from rdma_mig.wire.address import RdmaAddress

@@ -16,8 +16,10 @@ import pytest
 import rdma_kit as kit
 
 from rdma_mig.errors import LocalProtocolError, PeerGone
-from rdma_mig.verbs.cm import EventChannel, Listener, connect
+from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
+from rdma_mig.verbs.events import EventChannel
+from rdma_mig.verbs.listener import Listener
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 

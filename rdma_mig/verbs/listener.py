@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening for a connection, and accepting it."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from rdma_mig.closing import Closing
+from rdma_mig.errors import HostError, MigrationError
+from rdma_mig.verbs import addresses
+from rdma_mig.verbs.endpoint import RNR_RETRY_FOREVER, Endpoint, EndpointOptions
+from rdma_mig.verbs.events import (
+    CONNECT_REQUEST,
+    DEVICE_REMOVAL,
+    ESTABLISHED,
+    Event,
+    EventChannel,
+)
+from rdma_mig.verbs.host import devices, unusable_devices
+from rdma_mig.verbs.loading import load
+from rdma_mig.waits import Cancel, Deadline
+
+__all__ = ["Listener"]
+
+
+class Listener(Closing):
+    """A listening address; accept() takes the first client.
+
+    Args:
+        host, port: where; 0.0.0.0 or :: for every address, port 0 for a free one.
+        cancel: ends every wait.
+        options: for the connections.
+
+    Attributes:
+        address: (host, port) as bound.
+
+    Raises:
+        HostError: no device, no such address, port taken.
+    """
+
+    def __init__(self, host: str, port: int, cancel: Cancel, options: EndpointOptions) -> None:
+        from pyverbs.cmid import CMID
+
+        self.cancel = cancel
+        self.options = options
+        self._verbs = load()
+        self.events = EventChannel()
+        self._closed = False
+        self._accepted = False
+        self._cmid: Any = None
+        try:
+            deadline = Deadline.after(options.connect_seconds)
+            candidates = addresses.resolve(host, port, cancel, deadline)
+            failure: HostError | None = None
+            for candidate in candidates:
+                try:
+                    self._cmid = CMID(creator=self.events.raw)
+                    self._verbs.bind_address(self._cmid, addresses.pack(candidate))
+                    self._cmid.listen(5)
+                except (OSError, self.events._error) as error:
+                    failure = _bind_error(error, host, port)
+                    self.stop()
+                    continue
+                break
+            else:
+                raise failure or HostError(f"{host} has no address to listen at")
+            self.events.listen_on(self._cmid)
+            bound = addresses.unpack(self._verbs.local_address(self._cmid))
+            assert bound is not None
+            self.address: tuple[str, int] = (bound[1], bound[2])
+        except BaseException:
+            self.close()
+            raise
+
+    def accept(self, answer: Callable[[bytes, str], bytes], deadline: Deadline) -> Endpoint:
+        """Wait for a client and accept it.
+
+        Args:
+            answer: given the private data of the request and the client's address, returns the
+                private data of the reply; a MigrationError it raises rejects the client, its text
+                being the reason.
+            deadline: limit of the wait for a client; the handshake has its own.
+
+        Returns:
+            the connection; the listener still has to be closed, and takes nobody else.
+        """
+        doing = "waiting for a source to connect"
+        while True:
+            event = self.events.next(doing, "any peer", deadline, self.cancel)
+            if event.type == DEVICE_REMOVAL:
+                raise HostError(
+                    f"the RDMA device of {self.address[0]} was removed while {doing}",
+                    remedy="rdma link show",
+                )
+            if event.type != CONNECT_REQUEST:
+                continue  # left over from a client that went away while it connected
+            endpoint = self._serve(event, answer)
+            if endpoint is not None:
+                return endpoint
+
+    def _serve(self, event: Event, answer: Callable[[bytes, str], bytes]) -> Endpoint | None:
+        """Accept one client; None when it has gone meanwhile, and the next one may be taken."""
+        from pyverbs.cmid import ConnParam
+
+        request = event.request
+        peer = addresses.describe(self._verbs.peer_address(request))
+        try:
+            reply = answer(event.private_data, peer)
+        except MigrationError as error:
+            self.events.turn_away(request, str(error).encode("ascii", "replace")[:147])
+            raise
+        try:
+            endpoint = Endpoint(request, self.events, self.cancel, self.options)
+        except OSError:
+            return None
+        try:
+            endpoint.private_data = event.private_data
+            endpoint.ready_to_receive()
+            parameters = ConnParam(
+                resources=0,
+                depth=0,
+                rnr_retry=RNR_RETRY_FOREVER,
+                qp_num=endpoint.qp_number,
+                data_len=len(reply),
+            )
+            parameters.set_private_data(reply)
+            request.accept(parameters)
+            limit = Deadline.after(self.options.connect_seconds)
+            event = self.events.next("accepting", peer, limit, self.cancel, about=request)
+            if event.type == ESTABLISHED:
+                endpoint.established()
+                self.events.watch(endpoint)
+                return endpoint
+            endpoint.close()
+            return None
+        except (OSError, self.events._error):
+            # The calls between its request and our acceptance fail only where it has gone.
+            endpoint.close()
+            return None
+        except BaseException:
+            endpoint.close()
+            raise
+
+    def stop(self) -> None:
+        """Listen no longer; connections made already, and their events, live on."""
+        cmid, self._cmid = self._cmid, None
+        if cmid is not None:
+            cmid.close()
+
+    def close(self) -> None:
+        """Close the listener and its event channel, after the endpoints. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stop()
+        self.events.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn("unclosed Listener", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+def _bind_error(error: Exception, host: str, port: int) -> HostError:
+    code = error.errno if isinstance(error, OSError) else getattr(error, "error_code", None)
+    where = f"{host}:{port}"
+    if code == errno.EADDRINUSE:
+        return HostError(
+            f"port {port} at {host} is taken",
+            remedy="choose another port, or 0 for a free one; rdma resource show cm_id tells "
+            "who has it",
+        )
+    if code in (errno.ENODEV, errno.EADDRNOTAVAIL):
+        # librdmacm does not see a device that it may not open.
+        if code == errno.ENODEV and (unusable := unusable_devices()):
+            return unusable[0]
+        return HostError(
+            f"{host} is not the address of an RDMA device on this host "
+            f"(devices: {', '.join(devices())})",
+            remedy="listen at an address of an interface that rdma link show names, or at 0.0.0.0",
+        )
+    if code == errno.EACCES:
+        return HostError(f"no permission to listen at {where}", remedy="use a port above 1023")
+    return HostError(f"cannot listen at {where}: {error}", remedy="rdma link show; ip address show")
