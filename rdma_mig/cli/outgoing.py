@@ -34,6 +34,12 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="register all RAM at both ends at the start (QEMU's capability of that name)",
     )
+    parser.add_argument(
+        "--return-path",
+        action="store_true",
+        help="let the destination say how it ended, over a second connection; it must offer that "
+        "(QEMU's capability return-path, up to 7.2 postcopy-ram; rdma-migrate incoming does)",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 save=source.save,
                 options=RdmaOptions(
                     pin_all=args.rdma_pin_all,
+                    return_path=args.return_path,
                     total_seconds=args.timeout,
                     stall_seconds=args.stall_timeout,
                 ),

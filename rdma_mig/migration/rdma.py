@@ -35,6 +35,8 @@ class RdmaOptions:
     Attributes:
         pin_all: register all RAM at the start (QEMU's capability rdma-pin-all) instead of chunk
             by chunk on first use; outgoing only, since a destination does as the source asks.
+        return_path: open the connection on which a destination says how it ended; outgoing only,
+            since a destination takes what the source opens.
         total_seconds: limit on the whole migration; None for none.
         stall_seconds: how long a live peer may say nothing; None for ever.
         accept_seconds: limit on the wait for a source; None for none.
@@ -42,6 +44,7 @@ class RdmaOptions:
     """
 
     pin_all: bool = False
+    return_path: bool = False
     total_seconds: float | None = None
     stall_seconds: float | None = None
     accept_seconds: float | None = None
@@ -154,6 +157,7 @@ def _outgoing(
         options.endpoint,
         TransportLimits(options.total_seconds, options.stall_seconds),
         pin_all=options.pin_all,
+        return_path=options.return_path,
     )
     try:
         migration.state.status = MigrationStatus.ACTIVE

@@ -10,6 +10,7 @@ from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import (
     HostError,
     MigrationError,
+    MigrationTimeout,
     PeerGone,
     RemoteProtocolError,
     SnapshotError,
@@ -29,6 +30,7 @@ from rdma_mig.wire.control import FinalAck
 from rdma_mig.wire.description import DeviceStateScanner
 from rdma_mig.wire.stream import (
     Command,
+    CommandType,
     Event,
     Hook,
     RamEnd,
@@ -46,7 +48,14 @@ _COMMITTED = (
     "the source has handed over and holds its virtual machine stopped (QEMU: postmigrate); "
     "`cont` there resumes it"
 )
+_NOT_KNOWN = (
+    "whether the source let go of its virtual machine is not known: if it is in postmigrate "
+    "(`info status` there), it is kept here, and else it is the source's"
+)
 _DISCONNECT_SECONDS = 10.0
+# A source with a return path, whose stream seems to be over, may stay silent for so long: it sends
+# all device state at one go, its guest being stopped.
+_DESCRIPTION_SECONDS = 30.0
 # What this process needs beside the guest's RAM.
 _OVERHEAD = 96 << 20
 
@@ -83,6 +92,7 @@ class SnapshotDestination:
         self._transferred = 0.0
         self._written = 0.0
         self._reserved = 0.0
+        self._ram_is_whole = False
         self._committed = False
 
     def close(self) -> None:
@@ -142,7 +152,7 @@ class SnapshotDestination:
                     )
                 self.writer.write_config(event.raw)
             case Command():
-                migration.emit(Warned(f"the source's command {event.command.name} is ignored"))
+                self._obey(event, migration, transport)
             case RamStart():
                 self._start_ram(event, migration, file, transport)
             case Hook():
@@ -158,10 +168,26 @@ class SnapshotDestination:
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case SectionEnd():
                 self._footers = event.has_footer
-                if event.kind == "end" and not self.writer.keep_on_failure:
+                if event.kind == "end" and not self._ram_is_whole:
                     raise RemoteProtocolError(
                         f"{transport.peer} ended the RAM section without a last RDMA phase"
                     )
+
+    def _obey(self, command: Command, migration: Migration, transport: RdmaIncoming) -> None:
+        match command.command:
+            case CommandType.OPEN_RETURN_PATH:
+                if not transport.open_return_path():
+                    # QEMU 7.2 with return-path and without postcopy-ram, which then fails there.
+                    migration.emit(
+                        Warned(
+                            "the source speaks of a return path and opened none; QEMU up to 7.2 "
+                            "needs return-path off, or postcopy-ram on as well"
+                        )
+                    )
+            case CommandType.PING if transport.has_return_path:
+                transport.pong(int.from_bytes(command.data, "big"))
+            case CommandType.POSTCOPY_ADVISE if command.data:
+                migration.emit(Warned("do not start postcopy at the source: it would fail there"))
 
     def _start_ram(
         self, start: RamStart, migration: Migration, file: QEMUFile, transport: RdmaIncoming
@@ -191,6 +217,9 @@ class SnapshotDestination:
         The READY for the first message after this phase is what lets a QEMU source complete. Up
         to here a failure leaves the guest running there; so everything that can fail is done
         first: nobody can change RAM any more, and the disk has room for all of it.
+
+        A source with a return path waits for our word instead, and until then goes on with its
+        guest if anything fails here. What can fail comes early all the same.
         """
         assert self._ram is not None
         transport.withdraw_keys()
@@ -200,8 +229,10 @@ class SnapshotDestination:
             should_stop=lambda: migration.cancellation.requested,
         )
         self._reserved = time.monotonic() - began
-        self.writer.keep_on_failure = True
-        migration.state.owner = _COMMITTED
+        self._ram_is_whole = True
+        if not transport.has_return_path:
+            self.writer.keep_on_failure = True
+            migration.state.owner = _COMMITTED
 
     # ---- device state ----
 
@@ -215,11 +246,18 @@ class SnapshotDestination:
             if self._scanner.complete:
                 return
             migration.emit(Progress("device-state", self._scanner.total, 0))
+            if transport.has_return_path and not transport.final_ack:
+                data = self._next_until_shut(file, transport)
+                continue
             try:
                 data = file.get()
             except PeerGone:
                 # A machine may suppress the description: then its end is the connection's.
-                if transport.disconnected and self._scanner.closes_without_description:
+                if (
+                    transport.disconnected
+                    and self._scanner.closes_without_description
+                    and not transport.has_return_path
+                ):
                     return
                 raise
             if not data:
@@ -228,6 +266,25 @@ class SnapshotDestination:
                 raise RemoteProtocolError(
                     f"{transport.peer} ended the stream within the device state"
                 )
+
+    def _next_until_shut(self, file: QEMUFile, transport: RdmaIncoming) -> bytes:
+        """Wait for more device state from a QEMU that does not end the connection by itself.
+
+        It waits for our word at the end, so a connection that ends earlier is a failure or a
+        cancellation, and where the machine suppresses the description nothing shows the end.
+        """
+        if not self._scanner.closes_without_description:
+            return file.get()
+        try:
+            with transport.silence_limited(_DESCRIPTION_SECONDS):
+                return file.get()
+        except MigrationTimeout as error:
+            raise RemoteProtocolError(
+                f"{transport.peer} seems to have sent all device state, without the description "
+                "that its end is known by where there is a return path",
+                remedy="switch return-path (QEMU up to 7.2: postcopy-ram) off at the source, or "
+                "suppress-vmdesc of its machine",
+            ) from error
 
     # ---- keeping it ----
 
@@ -251,7 +308,7 @@ class SnapshotDestination:
         assert self._head.machine is not None
         assert self._start is not None
         assert self._ram is not None
-        if not transport.final_ack:
+        if not transport.final_ack and not transport.has_return_path:
             # A QEMU ends the connection itself, once it has seen its last message arrive.
             transport.wait_disconnected(_DISCONNECT_SECONDS)
         began = time.monotonic()
@@ -275,6 +332,7 @@ class SnapshotDestination:
                 ram_section_id=self._start.section_id,
                 footers=self._footers,
                 eof_offset=self._scanner.eof_offset,
+                keep_on_failure=not transport.has_return_path,
             )
         except MigrationError as error:
             if transport.final_ack:
@@ -285,6 +343,10 @@ class SnapshotDestination:
         confirmed = "the source ended the connection after the whole stream"
         if transport.final_ack:
             transport.acknowledge(FinalAck(0))
+        if transport.has_return_path:
+            self._tell(migration, transport)
+            confirmed = "the source was told on its return path that everything is on disk"
+        elif transport.final_ack:
             transport.wait_disconnected(_DISCONNECT_SECONDS)
             confirmed = "the source was told that everything is on disk"
         total = self._ram.total
@@ -311,3 +373,19 @@ class SnapshotDestination:
                 confirmed=confirmed,
             )
         )
+
+    def _tell(self, migration: Migration, transport: RdmaIncoming) -> None:
+        """Let the source go, by the word that it waits for on its return path.
+
+        The snapshot is whole and has its name. Should it not be known whether the word was heard,
+        it loses that name again: both ends must never be taken for the machine's.
+        """
+        migration.state.owner = _NOT_KNOWN
+        try:
+            transport.shut(_DISCONNECT_SECONDS)
+        except MigrationError as error:
+            kept = self.writer.withdraw()
+            error.remedy = "; ".join(
+                part for part in (f"kept whole in {kept}", error.remedy) if part
+            )
+            raise

@@ -19,9 +19,11 @@ from rdma_mig.migration.ram_control import (
 )
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.snapshot import Snapshot
-from rdma_mig.transport.outgoing import RdmaOutgoing
+from rdma_mig.transport.outgoing import RETURN_PATH_PING, RdmaOutgoing
 from rdma_mig.wire.stream import (
+    CommandType,
     StreamBlock,
+    encode_command,
     encode_eos,
     encode_footer,
     encode_ram_start,
@@ -96,6 +98,9 @@ class SnapshotSource:
         manifest = self.snapshot.manifest
         footer = encode_footer(manifest.ram_section_id) if manifest.footers else b""
         file.put(self.snapshot.config)
+        if transport.has_return_path:
+            file.put(encode_command(CommandType.OPEN_RETURN_PATH))
+            file.put(encode_command(CommandType.PING, RETURN_PATH_PING.to_bytes(4, "big")))
         file.put(
             encode_ram_start(
                 manifest.ram_section_id,
@@ -145,6 +150,16 @@ class SnapshotSource:
                     owner=self.owner,
                 )
             confirmed = "the destination acknowledged that RAM and device state are on disk"
+        if transport.has_return_path:
+            status = transport.wait_shut()
+            if status != 0:
+                raise MigrationError(
+                    f"{transport.peer} says on the return path that it failed (status {status})",
+                    owner=self.owner,
+                    remedy="its own messages say why",
+                )
+            if not transport.final_ack:
+                confirmed = "the destination said on the return path that it has loaded everything"
         transport.finish()
         self._report(migration, transport, ended - began, confirmed)
 

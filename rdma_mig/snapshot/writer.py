@@ -293,6 +293,7 @@ class SnapshotWriter:
         footers: bool,
         eof_offset: int,
         page_bits: int = 12,
+        keep_on_failure: bool = True,
     ) -> Path:
         """Make the snapshot durable and give it its name.
 
@@ -302,15 +303,17 @@ class SnapshotWriter:
             footers: whether the stream's sections end in footers.
             eof_offset: offset in the device state right after its EOF byte.
             page_bits: log2 of the target page size.
+            keep_on_failure: keep what there is should this fail; False where the source still has
+                the machine.
 
         Returns:
             DIR.
 
         Raises:
-            SnapshotError: the snapshot could not be completed or named. Nothing is deleted: it is
-                kept as ``DIR.incomplete``, which the message says.
+            SnapshotError: the snapshot could not be completed or named. With ``keep_on_failure``
+                nothing is deleted: it is kept as ``DIR.incomplete``, which the message says.
         """
-        self.keep_on_failure = True
+        self.keep_on_failure = keep_on_failure
         if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
             raise RuntimeError("commit before the config and all RAM blocks were written")
         manifest = Manifest(
@@ -327,6 +330,10 @@ class SnapshotWriter:
         try:
             self._finish(manifest)
         except SnapshotError as error:
+            if not keep_on_failure:
+                if self.kept_at == self.path:
+                    self.withdraw()
+                raise
             kept = self.keep_incomplete()
             error.message += f"; everything received is kept in {_fs.printable(kept)}"
             error.args = (error.message,)
@@ -386,10 +393,15 @@ class SnapshotWriter:
                 os.unlink(MANIFEST, dir_fd=self._dir)
             os.fsync(self._state)
             os.fsync(self._dir)
+        self._rename_incomplete(self._partial.name)
+        self._close()
+        return self.kept_at
+
+    def _rename_incomplete(self, present: str) -> None:
         for attempt in range(1000):
             name = f"{self.path.name}.incomplete" + (f".{attempt}" if attempt else "")
             try:
-                _fs.rename_noreplace(self._parent, self._partial.name, name)
+                _fs.rename_noreplace(self._parent, present, name)
             except FileExistsError:
                 continue
             except OSError:
@@ -398,6 +410,19 @@ class SnapshotWriter:
             break
         with contextlib.suppress(OSError):
             os.fsync(self._parent)
+
+    def withdraw(self) -> Path:
+        """Take DIR's name away again, after `commit`: whether it is the only copy is not known.
+
+        It raises nothing: where the rename fails, DIR keeps its name.
+
+        Returns:
+            Where it is: ``DIR.incomplete`` (``.N`` added when that is taken), whole.
+        """
+        self.kept_at = self.path
+        with contextlib.suppress(OSError, SnapshotError):
+            self._parent = _fs.open_directory(self.path.parent, follow=True)
+            self._rename_incomplete(self.path.name)
         self._close()
         return self.kept_at
 

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from rdma_mig.errors import PeerGone, RemoteProtocolError
+from rdma_mig.errors import MigrationError, PeerGone, ProtocolError, RemoteProtocolError
 from rdma_mig.verbs.endpoint import Endpoint
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Deadline
@@ -118,9 +118,13 @@ class ControlChannel:
         """Send a message that needs no READY now: a reply, or after wait_ready()."""
         self._post(message, f"the arrival of {message.type.name}")
 
+    def grant(self) -> None:
+        """Let the peer send one message; await_message() or receive() gets it."""
+        self._post(ControlMessage(ControlType.READY), "the arrival of READY")
+
     def receive(self, doing: str) -> ControlMessage:
         """Grant the peer one message, and wait for it."""
-        self._post(ControlMessage(ControlType.READY), "the arrival of READY")
+        self.grant()
         return self._next(doing)
 
     def await_message(self, wanted: ControlType, doing: str) -> ControlMessage:
@@ -134,11 +138,31 @@ class ControlChannel:
 
         A QEMU may have no receive posted, or take it for the READY that it is owed.
         """
+        self._try_post(ControlMessage(ControlType.ERROR))
+
+    def try_send(self, message: ControlMessage) -> None:
+        """Send a message if the peer's READY for it has come already. Best effort, bounded."""
+        with contextlib.suppress(OSError, ValueError, MigrationError):
+            self.endpoint.queue.poll()
+            received = self.endpoint.queue.next_received()
+            if received and ControlMessage.decode(received).type is ControlType.READY:
+                self._try_post(message)
+
+    def peer_error(self) -> bool:
+        """Whether the peer has sent ERROR, as far as messages have arrived; they are used up."""
+        with contextlib.suppress(OSError, ValueError, ProtocolError):
+            self.endpoint.queue.poll()
+            while received := self.endpoint.queue.next_received():
+                if ControlMessage.decode(received).type is ControlType.ERROR:
+                    self._peer_failed = True
+        return self._peer_failed
+
+    def _try_post(self, message: ControlMessage) -> None:
         if self._peer_failed or self.endpoint.disconnected or not self.endpoint.is_connected:
             return
         queue = self.endpoint.queue
         with contextlib.suppress(OSError, ValueError):
-            queue.post_send(ControlMessage(ControlType.ERROR).encode())
+            queue.post_send(message.encode())
             # Not wait(): after a cancellation it would return at once, with the message unsent.
             deadline = Deadline.after(_ERROR_SECONDS)
             while queue.outstanding_sends and queue.failure is None and not deadline.passed:

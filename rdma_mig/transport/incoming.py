@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
+from rdma_mig.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_range
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.transport.return_path import ReturnPathWriter
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.listener import Listener
 from rdma_mig.waits import Cancel, Deadline
@@ -31,6 +34,7 @@ from rdma_mig.wire.control import (
     encode_ram_blocks,
 )
 from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+from rdma_mig.wire.return_path import Pong, Shut
 
 if TYPE_CHECKING:
     from rdma_mig import _verbs
@@ -58,7 +62,11 @@ class IncomingListener:
         self.address = RdmaAddress(*self._listener.address)
 
     def accept(self, deadline: Deadline, limits: TransportLimits) -> RdmaIncoming:
-        """Wait for a source and accept it; nobody else is taken afterwards.
+        """Wait for a source and accept it; afterwards only its return path is taken.
+
+        A source opens that right after the first connection and before it sends any byte of the
+        stream (docs/protocol.md, return path). So the door is open until the first byte comes, to
+        the source's address only; where the source is one of ours, also to its nonce only.
 
         Raises:
             RemoteProtocolError: it speaks another version; it was told so.
@@ -66,18 +74,28 @@ class IncomingListener:
         """
         asked: list[PrivateData] = []
 
-        def answer(private_data: bytes, peer: str) -> bytes:
-            request = PrivateData.decode(private_data)
-            asked.append(request)
+        def reply_to(request: PrivateData) -> bytes:
             extension = request.extension
             if extension is not None:
                 # The nonce goes back as it came: it names this connection to both ends.
                 extension = Extension(extension.features & FEATURE_FINAL_ACK, extension.nonce)
             return PrivateData(1, request.flags & FLAG_PIN_ALL, extension).encode()
 
-        endpoint = self._listener.accept(answer, deadline)
-        self._listener.stop()
-        return RdmaIncoming(endpoint, asked[-1], limits)
+        def answer(private_data: bytes, peer: str) -> bytes:
+            request = PrivateData.decode(private_data)
+            asked.append(request)
+            return reply_to(request)
+
+        def answer_return_path(private_data: bytes, peer: str) -> bytes:
+            request = PrivateData.decode(private_data)
+            first = asked[-1]
+            nonce, known = (data.extension and data.extension.nonce for data in (request, first))
+            if nonce != known or request.pin_all != first.pin_all:
+                raise RemoteProtocolError("another migration is under way")
+            return reply_to(request)
+
+        endpoint = self._listener.accept(answer, deadline, answer_return_path)
+        return RdmaIncoming(endpoint, asked[-1], limits, self._listener)
 
     def close(self) -> None:
         """Stop listening; after the connection was closed. Idempotent."""
@@ -94,9 +112,19 @@ class RdmaIncoming:
         setup_seconds: populating and registering RAM.
     """
 
-    def __init__(self, endpoint: Endpoint, asked: PrivateData, limits: TransportLimits) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        asked: PrivateData,
+        limits: TransportLimits,
+        listener: Listener,
+    ) -> None:
         self._endpoint = endpoint
         self._cancel = endpoint.cancel
+        self._limits = limits
+        self._listener = listener
+        self._return_path: ReturnPathWriter | None = None
+        self._streaming = False
         self.control = ControlChannel(endpoint, limits)
         self.pin_all = asked.pin_all
         self.final_ack = bool(asked.extension and asked.extension.features & FEATURE_FINAL_ACK)
@@ -138,6 +166,10 @@ class RdmaIncoming:
             raise RemoteProtocolError(
                 f"{self.peer} sent {message.type.name} where QEMU_FILE was due"
             )
+        if not self._streaming:
+            # The source is through with connecting.
+            self._streaming = True
+            self._listener.stop()
         return message.payload
 
     def write(self, data: bytes) -> None:
@@ -286,6 +318,55 @@ class RdmaIncoming:
                         part[:] = bytes(len(part))
                 at = guest.memory.next_data(stop)
 
+    @contextlib.contextmanager
+    def silence_limited(self, seconds: float) -> Iterator[None]:
+        """Let the source be silent for so long at most, within this block."""
+        before = self._limits.stall
+        self._limits.stall = min(seconds, before or seconds)
+        try:
+            yield
+        finally:
+            self._limits.stall = before
+
+    # ---- the return path ----
+
+    @property
+    def has_return_path(self) -> bool:
+        """Whether the source waits for this end's word before it lets go of its guest."""
+        return self._return_path is not None
+
+    def open_return_path(self) -> bool:
+        """Do as the stream's OPEN_RETURN_PATH says; False if the source opened no connection."""
+        second = self._listener.second
+        if second is not None and self._return_path is None:
+            self._return_path = ReturnPathWriter(second, self._limits)
+        return self._return_path is not None
+
+    def pong(self, value: int) -> None:
+        """Answer the stream's PING; there must be a return path."""
+        self._require_return_path().send(Pong(value))
+
+    def shut(self, seconds: float) -> None:
+        """Tell the source that everything is whole and on disk: it lets go of its guest.
+
+        Args:
+            seconds: how long the source may take to end the connection when it has heard it.
+
+        Raises:
+            PeerGone, MigrationTimeout, MigrationCancelled: it may or may not have heard it; or it
+                has failed or was cancelled at the same moment.
+        """
+        self._require_return_path().send(Shut(0))
+        self._endpoint.wait_disconnected(seconds)
+        # A source that is cancelled meanwhile runs its guest again, and tells us so at most.
+        if self.control.peer_error():
+            raise PeerGone(f"{self.peer} failed or was cancelled while it was told")
+
+    def _require_return_path(self) -> ReturnPathWriter:
+        if self._return_path is None:
+            raise LocalProtocolError("there is no return path")
+        return self._return_path
+
     # ---- the end ----
 
     def withdraw_keys(self) -> None:
@@ -307,9 +388,13 @@ class RdmaIncoming:
 
     def abort(self) -> None:
         """Tell the source that this end has failed, and end the connection."""
+        if self._return_path is not None:
+            self._return_path.try_send(Shut(1))
         self.control.send_error()
         self.close()
 
     def close(self) -> None:
-        """End the connection and give back every registration. Idempotent."""
+        """End the connections and give back every registration. Idempotent."""
+        if self._listener.second is not None:
+            self._listener.second.close()
         self._endpoint.close()

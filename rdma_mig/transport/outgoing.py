@@ -8,15 +8,22 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationTimeout, RemoteProtocolError
+from rdma_mig.errors import (
+    LocalProtocolError,
+    MigrationTimeout,
+    PeerGone,
+    RemoteProtocolError,
+)
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
 from rdma_mig.memory.ram import GuestBlock, GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.transport.return_path import ReturnPathReader
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.loading import load
@@ -38,13 +45,18 @@ from rdma_mig.wire.stream import encode_hook
 if TYPE_CHECKING:
     from rdma_mig import _verbs
 
-__all__ = ["RdmaOutgoing"]
+__all__ = ["RETURN_PATH_PING", "RdmaOutgoing"]
 
 _SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
 
 # One write of all RAM would be quickest, but a wait could not be cancelled within it.
 _MAX_WRITE = 8 << 20
 _STREAM_MESSAGE = 32768
+
+# Value of the PING that a return path is tried with; QEMU's own. How long a destination may take to
+# accept that path: as long as QEMU gives it.
+RETURN_PATH_PING = 1
+_RETURN_PATH_SECONDS = 5.0
 
 # A QEMU destination ends the connection itself, some 50 ms after the last byte.
 _DISCONNECT_SECONDS = 5.0
@@ -61,6 +73,11 @@ class RdmaOutgoing:
         limits: on the waits once it is up.
         pin_all: ask for the registration of all RAM at the start; a destination that refuses it
             gets RAM chunk by chunk.
+        return_path: open a second connection, on which the destination says how it ended.
+
+    Raises:
+        PeerGone: there is no destination, or it offers no return path.
+        HostError, MigrationTimeout, MigrationCancelled: as connect() has them.
 
     Attributes:
         peer: HOST:PORT of the destination.
@@ -79,6 +96,7 @@ class RdmaOutgoing:
         limits: TransportLimits,
         *,
         pin_all: bool,
+        return_path: bool = False,
     ) -> None:
         self._verbs = load()
         self._ram = ram
@@ -91,8 +109,13 @@ class RdmaOutgoing:
         self._records: list[RamBlockRecord] = []
         extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
         asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
+        self._return_path: ReturnPathReader | None = None
         self._endpoint = connect(address.host, address.port, asked.encode(), cancel, options)
         try:
+            if return_path:
+                # Before any byte of the stream: a QEMU 7.2 crashes when it learns from that of a
+                # return path that is not there yet.
+                self._return_path = self._open_return_path(address, asked, options)
             granted = PrivateData.decode(self._endpoint.private_data)
             self.pin_all = pin_all and granted.pin_all
             self.final_ack = bool(
@@ -107,8 +130,35 @@ class RdmaOutgoing:
             )
             self._queue.deadline_ns = limits.total.ns
         except BaseException:
-            self._endpoint.close()
+            self.close()
             raise
+
+    def _open_return_path(
+        self, address: RdmaAddress, asked: PrivateData, options: EndpointOptions
+    ) -> ReturnPathReader:
+        options = replace(
+            options, connect_seconds=min(options.connect_seconds, _RETURN_PATH_SECONDS)
+        )
+        try:
+            endpoint = connect(address.host, address.port, asked.encode(), self._cancel, options)
+        except (PeerGone, MigrationTimeout) as error:
+            raise PeerGone(
+                f"{self._endpoint.peer} took no second connection, for the return path "
+                f"({error.message})",
+                remedy="switch return-path on at the destination too (QEMU up to 7.2: "
+                "postcopy-ram), or leave --return-path out",
+            ) from error
+        endpoint.follow(self._endpoint)
+        try:
+            return ReturnPathReader(endpoint, self._limits, RETURN_PATH_PING)
+        except BaseException:
+            endpoint.close()
+            raise
+
+    @property
+    def has_return_path(self) -> bool:
+        """Whether the destination says on a return path how it ended."""
+        return self._return_path is not None
 
     @property
     def peer(self) -> str:
@@ -344,6 +394,16 @@ class RdmaOutgoing:
         )
         return FinalAck.decode(message.payload)
 
+    def wait_shut(self) -> int:
+        """Wait for the destination's last word on the return path.
+
+        Returns:
+            0 when it has loaded everything; else it has failed.
+        """
+        if self._return_path is None:
+            raise LocalProtocolError("there is no return path")
+        return self._return_path.wait_shut()
+
     def finish(self) -> None:
         """End the connection; a QEMU, which acknowledges nothing, is given time to do it first."""
         if not self.final_ack:
@@ -356,5 +416,7 @@ class RdmaOutgoing:
         self.close()
 
     def close(self) -> None:
-        """End the connection and give back every registration. Idempotent."""
+        """End the connections and give back every registration. Idempotent."""
+        if self._return_path is not None:
+            self._return_path.close()
         self._endpoint.close()

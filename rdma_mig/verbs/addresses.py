@@ -11,7 +11,7 @@ from typing import Any
 from rdma_mig.errors import HostError, MigrationTimeout
 from rdma_mig.waits import Cancel, Deadline
 
-__all__ = ["describe", "pack", "resolve", "unpack"]
+__all__ = ["describe", "host_of", "pack", "resolve", "unpack"]
 
 SockAddr = tuple[int, str, int]
 """Address family, numeric address, port."""
@@ -52,6 +52,12 @@ def describe(raw: bytes) -> str:
         return "an unknown address"
     family, host, port = address
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+
+
+def host_of(raw: bytes) -> tuple[int, str] | None:
+    """Return family and numeric host of a struct sockaddr, without its port; None for none."""
+    address = unpack(raw)
+    return address and address[:2]
 
 
 def _with_scope(family: int, found: tuple[Any, ...]) -> SockAddr:

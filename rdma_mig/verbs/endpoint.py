@@ -107,6 +107,7 @@ class Endpoint(Closing):
         self._connected = False
         self._owns_events = False
         self._device_removed = False
+        self._followers: list[Endpoint] = []
         self._regions: list[_verbs.MemoryRegion] = []
         self._closing = contextlib.ExitStack()
         self._closed = False
@@ -204,6 +205,14 @@ class Endpoint(Closing):
         """The peer has ended the connection, or this end's device is gone."""
         self.disconnected = True
         self._device_removed = device_removed
+        for follower in self._followers:
+            follower.note_disconnected(device_removed=device_removed)
+
+    def follow(self, leader: Endpoint) -> None:
+        """Count as disconnected when ``leader`` does: this one means nothing without it."""
+        leader._followers.append(self)
+        if leader.disconnected:
+            self.note_disconnected()
 
     # ---- memory ----
 

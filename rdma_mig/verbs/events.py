@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import select
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ ESTABLISHED = 9
 DISCONNECTED = 10
 DEVICE_REMOVAL = 11
 ADDR_CHANGE = 14
+
+# What ends a connection that is up, or on its way there.
+_ENDS = (CONNECT_ERROR, UNREACHABLE, REJECTED, DISCONNECTED, DEVICE_REMOVAL)
 
 # Reject reason "invalid service id": nobody listens there (IB specification, table 108).
 _REJECT_NO_LISTENER = 8
@@ -73,6 +77,7 @@ class EventChannel:
             raise _no_channel(error) from error
         self.fd: int = self._verbs.event_channel_fd(self.raw)
         self._endpoints: dict[int, Endpoint] = {}
+        self._doorman: Callable[[Event], None] | None = None
         self._listener: Any = None
         self._queue: list[Event] = []
 
@@ -83,11 +88,24 @@ class EventChannel:
         for event in queued:
             self._deliver(event)
 
+    @property
+    def watches_any(self) -> bool:
+        """Whether a connection of this channel is up."""
+        return bool(self._endpoints)
+
     def forget(self, endpoint: Endpoint) -> None:
         """The endpoint is being closed."""
         for identifier, known in list(self._endpoints.items()):
             if known is endpoint:
                 del self._endpoints[identifier]
+
+    def post_doorman(self, serve: Callable[[Event], None] | None) -> None:
+        """Say who deals with connection requests while a connection is up or being accepted.
+
+        It is called within dispatch() and must neither wait nor raise. None: everybody is turned
+        away.
+        """
+        self._doorman = serve
 
     def listen_on(self, cmid: Any) -> None:
         """Connection requests to this CMID become events with a CMID of their own."""
@@ -122,14 +140,19 @@ class EventChannel:
             self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
-        if event.type in (DISCONNECTED, DEVICE_REMOVAL):
-            endpoint = self._endpoints.get(event.identifier)
-            if endpoint is not None:
+        endpoint = self._endpoints.get(event.identifier)
+        if endpoint is not None:
+            if event.type == ESTABLISHED:
+                endpoint.established()
+            elif event.type in _ENDS:
                 endpoint.note_disconnected(device_removed=event.type == DEVICE_REMOVAL)
-                return
+            return
         if event.type == CONNECT_REQUEST and self._endpoints:
-            # One migration, one peer: a further client is turned away at once.
-            self.turn_away(event.request)
+            if self._doorman is not None:
+                self._doorman(event)
+            else:
+                # One migration, one peer: a further client is turned away at once.
+                self.turn_away(event.request)
             return
         self._queue.append(event)
 
@@ -161,18 +184,26 @@ class EventChannel:
         Args:
             doing, peer: for messages.
             deadline, cancel: limit of the wait.
-            about: a CMID: other clients' events are passed over, and requests turned away.
+            about: a CMID: other clients' events are passed over, and requests turned away or, where
+                there is a doorman, kept for him.
 
         Raises:
             MigrationTimeout, MigrationCancelled: none came.
         """
         wanted = None if about is None else self._verbs.identifier(about)
-        while True:
-            event = self._next(doing, peer, deadline, cancel)
-            if wanted in (None, event.identifier):
-                return event
-            if event.request is not None:
-                self.turn_away(event.request)
+        requests: list[Event] = []
+        try:
+            while True:
+                event = self._next(doing, peer, deadline, cancel)
+                if wanted in (None, event.identifier):
+                    return event
+                if event.request is not None:
+                    if self._doorman is None:
+                        self.turn_away(event.request)
+                    else:
+                        requests.append(event)
+        finally:
+            self._queue[:0] = requests
 
     def _next(self, doing: str, peer: str, deadline: Deadline, cancel: Cancel) -> Event:
         while not self._queue:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from rdma_mig.closing import Closing
-from rdma_mig.errors import HostError, MigrationError
+from rdma_mig.errors import HostError, MigrationError, RemoteProtocolError
 from rdma_mig.verbs import addresses
 from rdma_mig.verbs.endpoint import RNR_RETRY_FOREVER, Endpoint, EndpointOptions
 from rdma_mig.verbs.events import (
@@ -23,11 +24,17 @@ from rdma_mig.verbs.host import devices, unusable_devices
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 
-__all__ = ["Listener"]
+__all__ = ["Answer", "Listener"]
+
+Answer = Callable[[bytes, str], bytes]
+"""Private data and address of a client to the private data of the reply; raises to reject it."""
+
+# Bytes of a reject's private data that we use, its end a NUL (InfiniBand specification, 12.6.7).
+_REASON_MAX = 147
 
 
 class Listener(Closing):
-    """A listening address; accept() takes the first client.
+    """A listening address; accept() takes the first client, and one more where that is wanted.
 
     Args:
         host, port: where; 0.0.0.0 or :: for every address, port 0 for a free one.
@@ -36,6 +43,7 @@ class Listener(Closing):
 
     Attributes:
         address: (host, port) as bound.
+        second: the one more, or None; closed with the listener at the latest.
 
     Raises:
         HostError: no device, no such address, port taken.
@@ -49,7 +57,7 @@ class Listener(Closing):
         self._verbs = load()
         self.events = EventChannel()
         self._closed = False
-        self._accepted = False
+        self.second: Endpoint | None = None
         self._cmid: Any = None
         try:
             deadline = Deadline.after(options.connect_seconds)
@@ -75,7 +83,9 @@ class Listener(Closing):
             self.close()
             raise
 
-    def accept(self, answer: Callable[[bytes, str], bytes], deadline: Deadline) -> Endpoint:
+    def accept(
+        self, answer: Answer, deadline: Deadline, one_more: Answer | None = None
+    ) -> Endpoint:
         """Wait for a client and accept it.
 
         Args:
@@ -83,6 +93,10 @@ class Listener(Closing):
                 private data of the reply; a MigrationError it raises rejects the client, its text
                 being the reason.
             deadline: limit of the wait for a client; the handshake has its own.
+            one_more: answers a second request in the same way, which then becomes ``second``. It is
+                asked only about clients from the address that the first one came from, and until
+                one was accepted or stop() was called; nobody waits for that. None: the first client
+                stays the only one.
 
         Returns:
             the connection; the listener still has to be closed, and takes nobody else.
@@ -97,21 +111,51 @@ class Listener(Closing):
                 )
             if event.type != CONNECT_REQUEST:
                 continue  # left over from a client that went away while it connected
-            endpoint = self._serve(event, answer)
+            try:
+                endpoint = self._serve(event, answer, one_more)
+            finally:
+                if not self.events.watches_any:
+                    self.events.post_doorman(None)
             if endpoint is not None:
                 return endpoint
 
-    def _serve(self, event: Event, answer: Callable[[bytes, str], bytes]) -> Endpoint | None:
+    def _serve(self, event: Event, answer: Answer, one_more: Answer | None) -> Endpoint | None:
         """Accept one client; None when it has gone meanwhile, and the next one may be taken."""
-        from pyverbs.cmid import ConnParam
-
         request = event.request
         peer = addresses.describe(self._verbs.peer_address(request))
         try:
             reply = answer(event.private_data, peer)
         except MigrationError as error:
-            self.events.turn_away(request, str(error).encode("ascii", "replace")[:147])
+            self._reject(request, error)
             raise
+        endpoint = self._begin(event, reply)
+        if endpoint is None:
+            return None
+        if one_more is not None:
+            # From now on: a source may open its second connection before we learn that the first
+            # one is established.
+            self.events.post_doorman(lambda event: self._admit(event, endpoint, one_more))
+        try:
+            limit = Deadline.after(self.options.connect_seconds)
+            event = self.events.next("accepting", peer, limit, self.cancel, about=request)
+            if event.type == ESTABLISHED:
+                endpoint.established()
+                self.events.watch(endpoint)
+                return endpoint
+            endpoint.close()
+            return None
+        except self.events._error:
+            endpoint.close()
+            return None
+        except BaseException:
+            endpoint.close()
+            raise
+
+    def _begin(self, event: Event, reply: bytes) -> Endpoint | None:
+        """Build a client's connection and send the reply; None when the client has gone."""
+        from pyverbs.cmid import ConnParam
+
+        request = event.request
         try:
             endpoint = Endpoint(request, self.events, self.cancel, self.options)
         except OSError:
@@ -128,14 +172,6 @@ class Listener(Closing):
             )
             parameters.set_private_data(reply)
             request.accept(parameters)
-            limit = Deadline.after(self.options.connect_seconds)
-            event = self.events.next("accepting", peer, limit, self.cancel, about=request)
-            if event.type == ESTABLISHED:
-                endpoint.established()
-                self.events.watch(endpoint)
-                return endpoint
-            endpoint.close()
-            return None
         except (OSError, self.events._error):
             # The calls between its request and our acceptance fail only where it has gone.
             endpoint.close()
@@ -143,9 +179,35 @@ class Listener(Closing):
         except BaseException:
             endpoint.close()
             raise
+        return endpoint
+
+    def _admit(self, event: Event, first: Endpoint, answer: Answer) -> None:
+        """Deal with a request that comes beside the first connection; the doorman."""
+        raw = self._verbs.peer_address(event.request)
+        try:
+            if addresses.host_of(raw) != addresses.host_of(self._verbs.peer_address(first.cmid)):
+                raise RemoteProtocolError("a migration from another host is under way")
+            reply = answer(event.private_data, addresses.describe(raw))
+        except MigrationError as error:
+            self._reject(event.request, error)
+            return
+        endpoint: Endpoint | None = None
+        # For want of memory, say. The client is told by the loss of its request.
+        with contextlib.suppress(MigrationError):
+            endpoint = self._begin(event, reply)
+        if endpoint is not None:
+            endpoint.follow(first)
+            self.second = endpoint
+            self.events.watch(endpoint)
+            self.stop()
+
+    def _reject(self, request: Any, error: MigrationError) -> None:
+        reason = str(error).encode("ascii", "replace")
+        self.events.turn_away(request, reason[:_REASON_MAX])
 
     def stop(self) -> None:
         """Listen no longer; connections made already, and their events, live on."""
+        self.events.post_doorman(None)
         cmid, self._cmid = self._cmid, None
         if cmid is not None:
             cmid.close()
@@ -156,6 +218,8 @@ class Listener(Closing):
             return
         self._closed = True
         self.stop()
+        if self.second is not None:
+            self.second.close()
         self.events.close()
 
     def __del__(self) -> None:
