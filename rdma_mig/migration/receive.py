@@ -52,6 +52,10 @@ _NOT_KNOWN = (
     "whether the source let go of its virtual machine is not known: if it is in postmigrate "
     "(`info status` there), it is kept here, and else it is the source's"
 )
+_BEFORE_RAM = (
+    "see what the source says (`info migrate`); a QEMU up to 7.2 fails here when its capability "
+    "return-path is on and postcopy-ram is off: switch it off"
+)
 _DISCONNECT_SECONDS = 10.0
 # A source with a return path, whose stream seems to be over, may stay silent for so long: it sends
 # all device state at one go, its guest being stopped.
@@ -132,7 +136,12 @@ class SnapshotDestination:
             if event is not None:
                 self._handle(event, migration, file, transport)
                 continue
-            data = file.get()
+            try:
+                data = file.get()
+            except PeerGone as error:
+                if self._start is None and not error.remedy:
+                    error.remedy = _BEFORE_RAM
+                raise
             if not data:
                 raise PeerGone(
                     f"{transport.peer} ended the stream; awaited was {self._parser.awaiting}"

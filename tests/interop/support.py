@@ -319,6 +319,22 @@ class Snapshot(NamedTuple):
     """Values of ``-device`` beside that, for the devices whose state comes last in the stream."""
 
 
+def destination(
+    snapshot: Snapshot, uri: str | None, *, devices: Sequence[str] | None = None, **changed: object
+) -> Qemu:
+    """A QEMU that waits for the snapshot, and would let its guest run at once.
+
+    Args:
+        snapshot: what it waits for.
+        uri: where; None for a QEMU that does not wait.
+        devices: the last of them, where they are not those of the snapshot.
+        changed: what else is different.
+    """
+    devices = snapshot.last_devices if devices is None else devices
+    extra = [word for device in devices for word in ("-device", device)]
+    return Qemu(**snapshot.machine | changed, extra=extra, incoming=uri, name="destination")
+
+
 def slow_migration(source: Qemu, incoming: Incoming) -> None:
     """Begin a migration into ``incoming``, and return in the middle of it."""
     source.set_parameter("max-bandwidth", SLOW)

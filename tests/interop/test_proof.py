@@ -5,33 +5,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from harness import Qemu, device_address, free_port
-from support import Command, Incoming, Snapshot, outgoing, rdma_uri
+from harness import device_address, free_port
+from support import Command, Incoming, Snapshot, destination, outgoing, rdma_uri
 
 pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
 
 #: Fixtures: short device state, where nothing shows by itself how far a destination came, and long.
 KINDS = ["snapshot", pytest.param("long_snapshot", marks=pytest.mark.full)]
-
-
-def destination(
-    snapshot: Snapshot, uri: str | None, *, devices: Sequence[str] | None = None, **changed: object
-) -> Qemu:
-    """A QEMU that waits for the snapshot, and would let its guest run at once.
-
-    Args:
-        snapshot: what it waits for.
-        uri: where; None for a QEMU that does not wait.
-        devices: the last of them, where they are not those of the snapshot.
-        changed: what else is different.
-    """
-    devices = snapshot.last_devices if devices is None else devices
-    extra = [word for device in devices for word in ("-device", device)]
-    return Qemu(**snapshot.machine | changed, extra=extra, incoming=uri, name="destination")
 
 
 def refused(sender: Command, snapshot: Snapshot) -> str:

@@ -296,15 +296,27 @@ class RawListener:
         """Where it listens."""
         return str(RdmaAddress(*self.listener.address))
 
-    def accept(self, reply: bytes = PLAIN, seconds: float = 10) -> Peer:
-        """Wait for a source."""
+    def accept(
+        self, reply: bytes = PLAIN, seconds: float = 10, *, return_path: bool = False
+    ) -> Peer:
+        """Wait for a source; with ``return_path`` take one more connection from it."""
 
         def answer(private_data: bytes, _peer: str) -> bytes:
             self.asked = private_data
             return reply
 
-        self.peer = Peer(self.listener.accept(answer, Deadline.after(patience(seconds))))
+        one_more = (lambda _data, _peer: reply) if return_path else None
+        self.peer = Peer(self.listener.accept(answer, Deadline.after(patience(seconds)), one_more))
         return self.peer
+
+    def second(self, seconds: float = 10) -> Peer:
+        """Wait for the source's second connection."""
+        deadline = Deadline.after(patience(seconds))
+        while not (self.listener.second and self.listener.second.is_connected):
+            assert not deadline.passed, "the source opened no second connection"
+            self.listener.events.wait(deadline, self.cancel)
+            self.listener.events.dispatch()
+        return Peer(self.listener.second)
 
     def serve(self, step: str, reply: bytes = PLAIN) -> None:
         """Accept a source and behave well up to this step, in a thread that ends with this."""
@@ -343,11 +355,11 @@ SOURCE_STEPS = (
 COMMITTED = SOURCE_STEPS.index("RAM handed over")
 
 
-def act_as_source(peer: Peer) -> Iterator[str]:
+def act_as_source(peer: Peer, head: bytes = HEAD) -> Iterator[str]:
     """Send a guest to a destination; each value names what has been done when it is yielded."""
     steps = iter(SOURCE_STEPS)
     yield next(steps)
-    peer.stream(HEAD + encode_hook())
+    peer.stream(head + encode_hook())
     yield next(steps)
     peer.command(ControlType.RAM_BLOCKS_REQUEST)
     payload = peer.expect(ControlType.RAM_BLOCKS_RESULT)
@@ -461,7 +473,7 @@ class End:
 
 
 @contextlib.contextmanager
-def incoming(output: Path, **options: Any) -> Iterator[End]:
+def incoming(output: Path, *, host: str = "", **options: Any) -> Iterator[End]:
     """Our destination, listening."""
     end = End()
     destination = SnapshotDestination(output)
@@ -469,7 +481,7 @@ def incoming(output: Path, **options: Any) -> Iterator[End]:
         with end.migration:
             end.uri = str(
                 rdma_start_incoming_migration(
-                    f"rdma:{device()[1]}:0",
+                    f"rdma:{host or device()[1]}:0",
                     migration=end.migration,
                     process=destination.process,
                     options=RdmaOptions(**options),
