@@ -13,6 +13,7 @@ import pytest
 # The beginning of a node id below tests/: a file, a test, or one of its cells.
 IN_EVERY_RUN = (
     "interop/test_round_trip.py",
+    "interop/test_return_path.py::test_guest_goes_out_and_comes_back[pin-all]",
     "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
@@ -23,6 +24,11 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_bad_source.py::test_other_version_is_rejected_with_a_reason[2]",
     "rdma/test_rdma_bad_source.py::test_second_client_is_rejected_while_one_is_served",
     "rdma/test_rdma_bad_source.py::test_source_that_disconnects_at_any_step[RAM handed over]",
+    "rdma/test_rdma_return_path.py::test_last_word_comes_when_the_snapshot_is_on_disk",
+    "rdma/test_rdma_return_path.py::test_source_that_leaves_before_the_last_word_keeps_its_guest"
+    "[device state sent]",
+    "rdma/test_rdma_return_path.py::test_second_connection_from_elsewhere_is_rejected",
+    "rdma/test_rdma_return_path.py::test_source_opens_the_return_path_first_and_believes_what_it_hears",
     "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
     "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
