@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rdma_mig.cli.options import add_common, seconds
+from rdma_mig.cli.options import add_common, network, seconds, size
 
 __all__ = ["add_parser", "run"]
 
@@ -52,6 +52,28 @@ def add_parser(commands: Any) -> None:
         metavar="SECONDS",
         help="how long to wait for a source; for ever by default",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        type=network,
+        default=[],
+        metavar="ADDR[/LEN]",
+        help="take a migration from this address or network only; may be given more than once",
+    )
+    parser.add_argument(
+        "--max-ram",
+        type=size,
+        metavar="SIZE",
+        help="refuse a guest with more RAM than this (such as 16G) before any is allocated; by "
+        "default one that does not fit into the memory available",
+    )
+    parser.add_argument(
+        "--sync",
+        choices=("before", "after"),
+        default="after",
+        help="when RAM goes to disk: before the source may let go of its guest, which adds the "
+        "time of writing it to the downtime, or after (the default: space is set aside before)",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -84,10 +106,13 @@ def run(args: argparse.Namespace) -> int:
                     total_seconds=args.timeout,
                     stall_seconds=args.stall_timeout,
                     accept_seconds=args.accept_timeout,
+                    allow=tuple(args.allow),
                 ),
             )
 
-        destination = SnapshotDestination(args.output)
+        destination = SnapshotDestination(
+            args.output, max_ram=args.max_ram, sync_before=args.sync == "before"
+        )
         try:
             for left in destination.writer.stale:
                 reporter.warn(

@@ -4,9 +4,32 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
+import re
 
-__all__ = ["add_common", "seconds"]
+__all__ = ["add_common", "network", "seconds", "size"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def network(text: str) -> str:
+    """Parse an address or a network, ADDR or ADDR/LEN."""
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no address and no network such as 192.0.2.0/24"
+        ) from None
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes: an integer, and K, M, G or T for powers of 1024."""
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(iB|B)?", text, re.IGNORECASE)
+    value = int(found[1]) * _UNITS[found[2].upper()] if found else 0
+    if not 0 < value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 16G")
+    return value
 
 
 def seconds(text: str) -> float:

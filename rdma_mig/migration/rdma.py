@@ -8,6 +8,7 @@ the migration file, its hooks in place.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,12 +40,15 @@ class RdmaOptions:
             since a destination takes what the source opens.
         total_seconds: limit on the whole migration; None for none.
         stall_seconds: how long a live peer may say nothing; None for ever.
+        allow: networks that a source may come from, as ``ipaddress.ip_network()`` takes them; none
+            for everywhere; incoming only. Others are turned away, and waiting goes on.
         accept_seconds: limit on the wait for a source; None for none.
         endpoint: sizes and limits of the connection.
     """
 
     pin_all: bool = False
     return_path: bool = False
+    allow: tuple[str, ...] = ()
     total_seconds: float | None = None
     stall_seconds: float | None = None
     accept_seconds: float | None = None
@@ -79,14 +83,39 @@ def rdma_start_incoming_migration(
     address = RdmaAddress.parse(host_port, listening=True)
     migration.become_current()
     load()
-    listener = IncomingListener(address, migration.cancellation, options.endpoint)
+    guard = _guard(migration, options.allow)
+    listener = IncomingListener(address, migration.cancellation, options.endpoint, guard)
     try:
         migration.emit(Listening(str(listener.address)))
+        if guard is None and ipaddress.ip_address(listener.address.host).is_unspecified:
+            migration.emit(
+                Warned(
+                    "whoever reaches this host can send a machine, and guest RAM crosses the "
+                    "wire in clear: listen at an address of a trusted network, or name the source "
+                    "(--allow)"
+                )
+            )
         migration.run(lambda: _incoming(migration, listener, process, options), "rdma-mig-incoming")
     except BaseException:
         listener.close()
         raise
     return listener.address
+
+
+def _guard(migration: Migration, allow: tuple[str, ...]) -> Callable[[str], str] | None:
+    """Return what decides which clients are served; None where all are."""
+    if not allow:
+        return None
+    networks = [ipaddress.ip_network(network, strict=False) for network in allow]
+
+    def guard(host: str) -> str:
+        address = ipaddress.ip_address(host.partition("%")[0])
+        if any(address in network for network in networks):
+            return ""
+        migration.emit(Warned(f"turned {host} away: --allow does not name it"))
+        return "this destination does not take migrations from your address (--allow)"
+
+    return guard
 
 
 def _incoming(

@@ -78,13 +78,19 @@ class SnapshotDestination:
 
     Args:
         path: the snapshot directory; must not exist.
+        max_ram: most bytes of RAM that a guest may have, within what this host has available.
+        sync_before: put RAM on disk before the commit point, at the cost of the guest's downtime.
 
     Raises:
         SnapshotError: it cannot be written there.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, *, max_ram: int | None = None, sync_before: bool = False
+    ) -> None:
         self.writer = SnapshotWriter(path)
+        self._max_ram = max_ram
+        self._sync_before = sync_before
         self._parser = StreamParser()
         self._scanner = DeviceStateScanner()
         self._head: StreamHead | None = None
@@ -97,6 +103,7 @@ class SnapshotDestination:
         self._written = 0.0
         self._reserved = 0.0
         self._ram_is_whole = False
+        self._ram_is_written = False
         self._committed = False
 
     def close(self) -> None:
@@ -202,6 +209,12 @@ class SnapshotDestination:
         self, start: RamStart, migration: Migration, file: QEMUFile, transport: RdmaIncoming
     ) -> None:
         available = available_memory()
+        if self._max_ram is not None and start.total > self._max_ram:
+            raise HostError(
+                f"the source announces {start.total >> 20} MiB of RAM and --max-ram allows "
+                f"{self._max_ram >> 20} MiB",
+                remedy="allow more, if this is the machine that was awaited",
+            )
         if start.total + _OVERHEAD > available:
             raise HostError(
                 f"the source announces {start.total >> 20} MiB of RAM and this host has "
@@ -237,6 +250,8 @@ class SnapshotDestination:
             [(guest.block, guest.memory) for guest in self._ram],
             should_stop=lambda: migration.cancellation.requested,
         )
+        if self._sync_before:
+            self._write_ram(migration)
         self._reserved = time.monotonic() - began
         self._ram_is_whole = True
         if not transport.has_return_path:
@@ -297,13 +312,29 @@ class SnapshotDestination:
 
     # ---- keeping it ----
 
+    def _write_ram(self, migration: Migration) -> None:
+        assert self._ram is not None
+        written = 0
+
+        def progress(size: int) -> None:
+            nonlocal written
+            written += size
+            if written % (64 << 20) < size:
+                migration.emit(Progress("write", written, self._nonzero))
+
+        for guest in self._ram:
+            self.writer.write_ram(guest.index, lambda: migration.cancellation.requested, progress)
+        self._ram_is_written = True
+
     def _rescue(self, migration: Migration) -> str:
         """Keep what there is after a failure behind the commit point; say what, and where.
 
         Writing RAM takes as long as it takes; after a cancellation nobody wants to wait for it.
         """
         what = "device state without RAM"
-        if not migration.cancellation.requested and self._ram is not None:
+        if self._ram_is_written:
+            what = "RAM and device state as far as it came"
+        elif not migration.cancellation.requested and self._ram is not None:
             try:
                 for guest in self._ram:
                     self.writer.write_ram(guest.index)
@@ -321,19 +352,9 @@ class SnapshotDestination:
             # A QEMU ends the connection itself, once it has seen its last message arrive.
             transport.wait_disconnected(_DISCONNECT_SECONDS)
         began = time.monotonic()
-        written = 0
-
-        def progress(size: int) -> None:
-            nonlocal written
-            written += size
-            if written % (64 << 20) < size:
-                migration.emit(Progress("write", written, self._nonzero))
-
         try:
-            for guest in self._ram:
-                self.writer.write_ram(
-                    guest.index, lambda: migration.cancellation.requested, progress
-                )
+            if not self._ram_is_written:
+                self._write_ram(migration)
             if self._scanner.complete:
                 self.writer.set_description(self._scanner.description)
             path = self.writer.commit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rdma_mig import _pages
@@ -52,13 +52,20 @@ class IncomingListener:
         address: where; port 0 takes a free one.
         cancel: ends every wait.
         options: sizes and limits of the connection.
+        guard: says of a client's numeric host why it is not served; None to serve everybody.
 
     Raises:
         HostError: this host cannot listen there.
     """
 
-    def __init__(self, address: RdmaAddress, cancel: Cancel, options: EndpointOptions) -> None:
-        self._listener = Listener(address.host, address.port, cancel, options)
+    def __init__(
+        self,
+        address: RdmaAddress,
+        cancel: Cancel,
+        options: EndpointOptions,
+        guard: Callable[[str], str] | None = None,
+    ) -> None:
+        self._listener = Listener(address.host, address.port, cancel, options, guard)
         self.address = RdmaAddress(*self._listener.address)
 
     def accept(self, deadline: Deadline, limits: TransportLimits) -> RdmaIncoming:

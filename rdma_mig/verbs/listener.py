@@ -40,6 +40,8 @@ class Listener(Closing):
         host, port: where; 0.0.0.0 or :: for every address, port 0 for a free one.
         cancel: ends every wait.
         options: for the connections.
+        guard: given the numeric host of a client, returns why it is not served, or an empty text;
+            asked before anything is made for the client. None: everybody is served.
 
     Attributes:
         address: (host, port) as bound.
@@ -49,7 +51,14 @@ class Listener(Closing):
         HostError: no device, no such address, port taken.
     """
 
-    def __init__(self, host: str, port: int, cancel: Cancel, options: EndpointOptions) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        cancel: Cancel,
+        options: EndpointOptions,
+        guard: Callable[[str], str] | None = None,
+    ) -> None:
         from pyverbs.cmid import CMID
 
         self.cancel = cancel
@@ -58,6 +67,7 @@ class Listener(Closing):
         self.events = EventChannel()
         self._closed = False
         self.second: Endpoint | None = None
+        self._guard = guard
         self._cmid: Any = None
         try:
             deadline = Deadline.after(options.connect_seconds)
@@ -122,7 +132,12 @@ class Listener(Closing):
     def _serve(self, event: Event, answer: Answer, one_more: Answer | None) -> Endpoint | None:
         """Accept one client; None when it has gone meanwhile, and the next one may be taken."""
         request = event.request
-        peer = addresses.describe(self._verbs.peer_address(request))
+        raw = self._verbs.peer_address(request)
+        peer = addresses.describe(raw)
+        host = addresses.host_of(raw)
+        if self._guard is not None and (reason := self._guard(host[1] if host else "")):
+            self.events.turn_away(request, reason.encode("ascii", "replace")[:_REASON_MAX])
+            return None
         try:
             reply = answer(event.private_data, peer)
         except MigrationError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import compileall
 import contextlib
 import functools
+import ipaddress
 import json
 import shutil
 import subprocess
@@ -281,6 +282,15 @@ def dial_and_forget(cancel: Cancel) -> Endpoint:
         return endpoint
 
 
+def ipv6_address() -> str:
+    """An IPv6 address of the device, not a link-local one."""
+    for path in sorted(Path("/sys/class/infiniband", device()[0]).glob("ports/*/gids/*")):
+        address = ipaddress.IPv6Address(path.read_text().strip())
+        if int(address) and not address.ipv4_mapped and not address.is_link_local:
+            return str(address)
+    raise AssertionError(f"{device()[0]} has no IPv6 address")
+
+
 class RawListener:
     """A raw destination, listening; a context manager."""
 
@@ -473,10 +483,17 @@ class End:
 
 
 @contextlib.contextmanager
-def incoming(output: Path, *, host: str = "", **options: Any) -> Iterator[End]:
+def incoming(
+    output: Path,
+    *,
+    host: str = "",
+    max_ram: int | None = None,
+    sync_before: bool = False,
+    **options: Any,
+) -> Iterator[End]:
     """Our destination, listening."""
     end = End()
-    destination = SnapshotDestination(output)
+    destination = SnapshotDestination(output, max_ram=max_ram, sync_before=sync_before)
     try:
         with end.migration:
             end.uri = str(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,22 +169,13 @@ def test_door_is_for_one(room: Path):
         pytest.fail("it was accepted")
 
 
-def ipv6_address() -> str:
-    """An IPv6 address of the device, not a link-local one."""
-    for path in sorted(Path("/sys/class/infiniband", kit.device()[0]).glob("ports/*/gids/*")):
-        address = ipaddress.IPv6Address(path.read_text().strip())
-        if int(address) and not address.ipv4_mapped and not address.is_link_local:
-            return str(address)
-    raise AssertionError(f"{kit.device()[0]} has no IPv6 address")
-
-
 def test_second_connection_from_elsewhere_is_rejected(room: Path):
     with kit.incoming(room / "vm", host="[::]") as end:
         port = end.uri.rpartition(":")[2]
         with kit.dial(f"rdma:{kit.device()[1]}:{port}") as peer:
             with (
                 pytest.raises(PeerGone, match="from another host is under way"),
-                kit.dial(f"rdma:[{ipv6_address()}]:{port}"),
+                kit.dial(f"rdma:[{kit.ipv6_address()}]:{port}"),
             ):
                 pytest.fail("it was accepted")
             # It has cost the migration nothing, and the door is still open to its source.
