@@ -302,6 +302,8 @@ class SnapshotDestination:
                 device_state_bytes=self._scanner.total,
                 rounds=state.rounds,
                 writes=0,
+                normal_pages=0,
+                duplicate_pages=0,
                 setup_seconds=round(transport.setup_seconds, 6),
                 transfer_seconds=round(transfer, 6),
                 writing_seconds=round(self._reserved + self._written - began, 6),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 
+from rdma_mig.channel.counters import RamCounters
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import MigrationCancelled, MigrationError, MigrationTimeout, PeerGone
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
@@ -146,7 +147,7 @@ class SnapshotSource:
                 )
             confirmed = "the destination acknowledged that RAM and device state are on disk"
         transport.finish()
-        self._report(migration, transport, ended - began, confirmed)
+        self._report(migration, transport, file.counters, ended - began, confirmed)
 
     def _device_state(self, file: QEMUFile, transport: RdmaOutgoing) -> str:
         """Send the device state so that its borders show how far the destination came.
@@ -178,7 +179,12 @@ class SnapshotSource:
         return confirmed
 
     def _report(
-        self, migration: Migration, transport: RdmaOutgoing, seconds: float, confirmed: str
+        self,
+        migration: Migration,
+        transport: RdmaOutgoing,
+        counters: RamCounters,
+        seconds: float,
+        confirmed: str,
     ) -> None:
         state = migration.state
         state.setup_seconds = transport.setup_seconds
@@ -192,6 +198,8 @@ class SnapshotSource:
                 device_state_bytes=len(self.snapshot.device_state),
                 rounds=state.rounds,
                 writes=transport.writes,
+                normal_pages=counters.normal_pages,
+                duplicate_pages=counters.duplicate_pages,
                 setup_seconds=round(transport.setup_seconds, 6),
                 transfer_seconds=round(transfer, 6),
                 writing_seconds=round(self._load_seconds, 6),

@@ -87,6 +87,7 @@ class RdmaOutgoing:
         self.setup_seconds = 0.0
         self.zero_bytes = 0
         self._thread = threading.get_ident()
+        self._file: QEMUFile | None = None  # where runs are accounted: the phase's
         self._exchanged = False
         self._records: list[RamBlockRecord] = []
         extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
@@ -104,6 +105,7 @@ class RdmaOutgoing:
                 chunk_size=CHUNK_SIZE,
                 max_write=min(_MAX_WRITE, self._endpoint.max_message),
                 interrupted=self._interrupted,
+                issued=self._issued,
             )
             self._queue.deadline_ns = limits.total.ns
         except BaseException:
@@ -136,6 +138,10 @@ class RdmaOutgoing:
             return
         self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
 
+    def _issued(self, size: int) -> None:
+        if self._file is not None:
+            self._file.account(size, zero=False)
+
     def _own_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise LocalProtocolError("the hooks are called from the thread that connected")
@@ -166,6 +172,7 @@ class RdmaOutgoing:
             raise LocalProtocolError("a second setup phase")
         if self._queue.is_open:
             raise LocalProtocolError("a RAM phase within a RAM phase")
+        self._file = file
         file.put(encode_hook())
         file.flush()
         if flags != _SETUP:
@@ -241,6 +248,8 @@ class RdmaOutgoing:
             message = ZeroRun(0, index, address, length).encode()
             self.control.send(ControlMessage(ControlType.COMPRESS, message))
             self.zero_bytes += length
+            if self._file is not None:
+                self._file.account(length, zero=True)
             self._queue.skip()
             return
         chunk = chunk_of(start)
