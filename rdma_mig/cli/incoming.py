@@ -52,6 +52,13 @@ def add_parser(commands: Any) -> None:
         metavar="SECONDS",
         help="how long to wait for a source; for ever by default",
     )
+    parser.add_argument(
+        "--shared-block",
+        action="append",
+        metavar="NAME",
+        help="RAM block that a source with x-ignore-shared does not send, because it is shared; "
+        "again for each one, `none` for no block; guessed by default",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -87,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                 ),
             )
 
-        destination = SnapshotDestination(args.output)
+        destination = SnapshotDestination(args.output, args.shared_block)
         try:
             for left in destination.writer.stale:
                 reporter.warn(

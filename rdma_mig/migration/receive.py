@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rdma_mig.channel.qemufile import QEMUFile
@@ -22,8 +23,9 @@ from rdma_mig.migration.ram_control import (
     RAM_CONTROL_HOOK,
     ram_control_load_hook,
 )
+from rdma_mig.migration.shared_blocks import SharedBlocks, choose_shared
 from rdma_mig.migration.state import Migration, MigrationStatus
-from rdma_mig.snapshot import SnapshotWriter
+from rdma_mig.snapshot import SharedBlock, SnapshotWriter
 from rdma_mig.transport.incoming import RdmaIncoming
 from rdma_mig.wire.control import FinalAck
 from rdma_mig.wire.description import DeviceStateScanner
@@ -65,13 +67,17 @@ class SnapshotDestination:
 
     Args:
         path: the snapshot directory; must not exist.
+        shared_blocks: names of the RAM blocks that a source with x-ignore-shared keeps to itself,
+            `NO_SHARED_BLOCKS` for none; None to guess.
 
     Raises:
         SnapshotError: it cannot be written there.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, shared_blocks: Sequence[str] | None = None) -> None:
         self.writer = SnapshotWriter(path)
+        self._named_shared = shared_blocks
+        self._shared = SharedBlocks()
         self._parser = StreamParser()
         self._scanner = DeviceStateScanner()
         self._head: StreamHead | None = None
@@ -109,6 +115,9 @@ class SnapshotDestination:
         except MigrationError as error:
             if not error.owner:
                 error.owner = migration.state.owner
+            if isinstance(error, PeerGone) and transport.phases == 0 and self._shared.asked:
+                # How a source ends that is offered other blocks than those it would send.
+                error.remedy = self._shared.remedy
             if self.writer.keep_on_failure and self.writer.kept_at is None:
                 kept = self._rescue(migration)
                 error.remedy = "; ".join(part for part in (kept, error.remedy) if part)
@@ -166,10 +175,16 @@ class SnapshotDestination:
     def _start_ram(
         self, start: RamStart, migration: Migration, file: QEMUFile, transport: RdmaIncoming
     ) -> None:
+        assert self._head is not None
+        self._shared = choose_shared(self._head, start.blocks, self._named_shared)
+        if self._shared.warning:
+            migration.emit(Warned(self._shared.warning))
+        kept = [block for block in start.blocks if block.idstr not in self._shared.names]
+        total = sum(block.length for block in kept)
         available = available_memory()
-        if start.total + _OVERHEAD > available:
+        if total + _OVERHEAD > available:
             raise HostError(
-                f"the source announces {start.total >> 20} MiB of RAM and this host has "
+                f"the source announces {total >> 20} MiB of RAM and this host has "
                 f"{available >> 20} MiB available",
                 remedy="free memory here, or migrate to a host with more",
             )
@@ -177,13 +192,13 @@ class SnapshotDestination:
         self._ram = GuestRam(
             [
                 RamBlock(block.idstr, block.length, block.page_size, block.guest_address)
-                for block in start.blocks
+                for block in kept
             ]
         )
         for guest in self._ram:
             ram_control_load_hook(file, RAM_CONTROL_BLOCK_REG, guest.block.idstr)
         transport.attach(self._ram)
-        migration.emit(Progress("setup", 0, start.total))
+        migration.emit(Progress("setup", 0, total))
 
     def _commit_point(self, migration: Migration, transport: RdmaIncoming) -> None:
         """Be sure of RAM before the source may go on to what makes it let go of the machine.
@@ -275,6 +290,14 @@ class SnapshotDestination:
                 ram_section_id=self._start.section_id,
                 footers=self._footers,
                 eof_offset=self._scanner.eof_offset,
+                shared=[
+                    SharedBlock(
+                        position,
+                        RamBlock(block.idstr, block.length, None, block.guest_address),
+                    )
+                    for position, block in enumerate(self._start.blocks)
+                    if block.idstr in self._shared.names
+                ],
             )
         except MigrationError as error:
             if transport.final_ack:

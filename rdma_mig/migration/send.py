@@ -102,7 +102,10 @@ class SnapshotSource:
                 manifest.ram_section_id,
                 [
                     StreamBlock(block.idstr, block.length, block.page_size, block.guest_address)
-                    for block in self.snapshot.blocks
+                    for block, shared in manifest.listed
+                    # A QEMU looks in vain for a shared block among those that it offers to RDMA
+                    # (docs/protocol.md, x-ignore-shared), and misses none that is not listed.
+                    if transport.final_ack or not shared
                 ],
             )
         )

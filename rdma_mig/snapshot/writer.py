@@ -31,6 +31,7 @@ from rdma_mig.snapshot.manifest import (
     BlockRecord,
     FileRecord,
     Manifest,
+    SharedBlock,
     ram_file,
 )
 from rdma_mig.snapshot.ram import (
@@ -227,7 +228,7 @@ class SnapshotWriter:
     # -- contents --------------------------------------------------------------------------------
 
     def write_config(self, raw: bytes) -> None:
-        """Keep the stream's head: everything before the RAM section, verbatim."""
+        """Keep the stream's head, verbatim: header and configuration section."""
         if len(raw) > MAX_HEAD:
             raise SnapshotError(
                 f"the head of the stream has {len(raw)} bytes, a snapshot takes {MAX_HEAD}",
@@ -293,6 +294,7 @@ class SnapshotWriter:
         footers: bool,
         eof_offset: int,
         page_bits: int = 12,
+        shared: Sequence[SharedBlock] = (),
     ) -> Path:
         """Make the snapshot durable and give it its name.
 
@@ -302,6 +304,7 @@ class SnapshotWriter:
             footers: whether the stream's sections end in footers.
             eof_offset: offset in the device state right after its EOF byte.
             page_bits: log2 of the target page size.
+            shared: blocks that the source listed and did not send, in stream order.
 
         Returns:
             DIR.
@@ -323,6 +326,7 @@ class SnapshotWriter:
             device_state=FileRecord(self._state_size, self._state_hash.hexdigest()),
             eof_offset=eof_offset,
             description=self._description,
+            shared=tuple(shared),
         )
         try:
             self._finish(manifest)
