@@ -31,9 +31,6 @@ from rdma_mig.wire.stream import (
 
 __all__ = ["SnapshotSource"]
 
-# A description is asked for once more after each piece; QEMU reads 32 KiB at a time.
-_PIECE = 32768
-
 
 class SnapshotSource:
     """Sends a snapshot to a destination; ``save`` is its engine function.
@@ -167,8 +164,9 @@ class SnapshotSource:
             file.flush()
             transport.wait_ready("its loading all device state")(state[eof - 1 : eof])
             confirmed = "the destination loaded all device state and asked for the end mark"
-            for at in range(eof, len(state), _PIECE):
-                transport.wait_ready("its leaving the device state")(state[at : at + _PIECE])
+            piece = transport.stream_message  # a description is asked for again after each
+            for at in range(eof, len(state), piece):
+                transport.wait_ready("its leaving the device state")(state[at : at + piece])
                 confirmed = "the destination loaded all device state and asked for what follows"
         except (MigrationCancelled, MigrationTimeout):
             raise

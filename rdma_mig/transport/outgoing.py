@@ -38,13 +38,14 @@ from rdma_mig.wire.stream import encode_hook
 if TYPE_CHECKING:
     from rdma_mig import _verbs
 
-__all__ = ["RdmaOutgoing"]
+__all__ = ["STREAM_MESSAGE", "RdmaOutgoing"]
 
 _SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
 
 # One write of all RAM would be quickest, but a wait could not be cancelled within it.
 _MAX_WRITE = 8 << 20
-_STREAM_MESSAGE = 32768
+# Bytes of the stream in one message: what QEMU itself sends at most.
+STREAM_MESSAGE = 32768
 
 # A QEMU destination ends the connection itself, some 50 ms after the last byte.
 _DISCONNECT_SECONDS = 5.0
@@ -61,6 +62,7 @@ class RdmaOutgoing:
         limits: on the waits once it is up.
         pin_all: ask for the registration of all RAM at the start; a destination that refuses it
             gets RAM chunk by chunk.
+        stream_message: bytes of the stream in one message at most, 1 to 524272.
 
     Attributes:
         peer: HOST:PORT of the destination.
@@ -79,7 +81,9 @@ class RdmaOutgoing:
         limits: TransportLimits,
         *,
         pin_all: bool,
+        stream_message: int = STREAM_MESSAGE,
     ) -> None:
+        self.stream_message = stream_message
         self._verbs = load()
         self._ram = ram
         self._cancel = cancel
@@ -152,10 +156,9 @@ class RdmaOutgoing:
         """Send stream bytes; a pending run of pages goes before them."""
         self._own_thread()
         self._queue.flush()
-        for at in range(0, len(data), _STREAM_MESSAGE):
-            self.control.send(
-                ControlMessage(ControlType.QEMU_FILE, data[at : at + _STREAM_MESSAGE], repeat=0)
-            )
+        for at in range(0, len(data), self.stream_message):
+            piece = data[at : at + self.stream_message]
+            self.control.send(ControlMessage(ControlType.QEMU_FILE, piece, repeat=0))
 
     def read(self) -> bytes:
         """A source's stream runs one way."""

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rdma_kit as kit
@@ -17,6 +17,7 @@ import snapshot_kit
 
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import PeerGone
+from rdma_mig.memory import RamBlock
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_FINISH,
@@ -35,6 +36,7 @@ from rdma_mig.wire.control import (
     RegisterResult,
     ZeroRun,
     decode_register_requests,
+    encode_ram_blocks,
 )
 from rdma_mig.wire.stream import encode_section_end, encode_section_part
 
@@ -148,13 +150,27 @@ def pages(file: QEMUFile, first: int, count: int, block: int = 0, size: int = PA
 
 
 class Destination:
-    """A raw destination that serves whatever comes, and whose memory can be looked at."""
+    """A raw destination that serves whatever comes, and whose memory can be looked at.
 
-    def __init__(self, listener: kit.RawListener, *, pin_all: bool) -> None:
+    Attributes:
+        stream: what has come of the stream.
+        messages: how many bytes of it came at a time.
+        zero_runs: what was announced as zero.
+    """
+
+    def __init__(self, peer: kit.Peer, blocks: Sequence[RamBlock]) -> None:
         self.stream = b""
+        self.messages: list[int] = []
         self.zero_runs: list[ZeroRun] = []
-        self._peer = listener.accept(kit.PLAIN if pin_all else _DYNAMIC)
-        kit.until("setup done", kit.act_as_destination(self._peer))
+        self._peer = peer
+        self._blocks = blocks
+
+    @classmethod
+    def set_up(cls, listener: kit.RawListener, *, pin_all: bool) -> Destination:
+        """One that a source has connected to, behind the setup phase."""
+        peer = listener.accept(kit.PLAIN if pin_all else _DYNAMIC)
+        kit.until("setup done", kit.act_as_destination(peer))
+        return cls(peer, kit.BLOCKS)
 
     def serve(self, until: bytes | None = None) -> None:
         """Answer until the stream ends with these bytes, or the source disconnects."""
@@ -167,6 +183,10 @@ class Destination:
                 return
             if message.type is ControlType.QEMU_FILE:
                 self.stream += message.payload
+                self.messages.append(len(message.payload))
+            elif message.type is ControlType.RAM_BLOCKS_REQUEST:
+                records = encode_ram_blocks(kit.offer(peer, self._blocks))
+                peer.send(ControlMessage(ControlType.RAM_BLOCKS_RESULT, records))
             elif message.type is ControlType.REGISTER_REQUEST:
                 self.answer_register(message)
             elif message.type is ControlType.COMPRESS:

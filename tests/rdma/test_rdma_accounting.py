@@ -94,7 +94,7 @@ def test_what_a_snapshot_has_sent_is_told(kept, pin_all):
     zero = 0 if pin_all else 2 * CHUNK
     total = sum(block.length for block in kit.BLOCKS) // PAGE
     with kit.RawListener() as listener, kit.outgoing(kept, listener.uri, pin_all=pin_all) as out:
-        there = Destination(listener, pin_all=pin_all)
+        there = Destination.set_up(listener, pin_all=pin_all)
         there.serve(until=kit.DESCRIPTION)
         listener.peer.endpoint.disconnect()
         out.succeed()

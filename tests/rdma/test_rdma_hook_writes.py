@@ -118,7 +118,7 @@ def test_each_border_ends_a_run_once(ram, pin_all):
     ready = threading.Event()
     with kit.RawListener(QUIET) as listener:
         source = kit.Worker(lambda: run(listener.uri, ram, save, pin_all=pin_all, endpoint=QUIET))
-        destination.append(Destination(listener, pin_all=pin_all))
+        destination.append(Destination.set_up(listener, pin_all=pin_all))
         ready.set()
         destination[0].serve()
         source.result()
@@ -176,7 +176,7 @@ def test_no_write_has_to_complete_before_the_end_of_the_phase(ram, pin_all):
 
     with kit.RawListener(QUIET) as listener:
         source = kit.Worker(lambda: run(listener.uri, ram, save, pin_all=pin_all, endpoint=QUIET))
-        destination = Destination(listener, pin_all=pin_all)
+        destination = Destination.set_up(listener, pin_all=pin_all)
         peer = listener.peer
         peer.ready()
         assert peer.expect(ControlType.QEMU_FILE)
