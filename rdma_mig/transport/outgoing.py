@@ -92,6 +92,7 @@ class RdmaOutgoing:
         self.zero_bytes = 0
         self._thread = threading.get_ident()
         self._file: QEMUFile | None = None  # where runs are accounted: the phase's
+        self._in_setup = False
         self._exchanged = False
         self._records: list[RamBlockRecord] = []
         extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
@@ -171,14 +172,16 @@ class RdmaOutgoing:
         self._own_thread()
         if flags != _SETUP and not self._exchanged:
             raise LocalProtocolError("a RAM phase before the one of setup")
-        if flags == _SETUP and self._exchanged:
+        if flags == _SETUP and (self._exchanged or self._in_setup):
             raise LocalProtocolError("a second setup phase")
         if self._queue.is_open:
             raise LocalProtocolError("a RAM phase within a RAM phase")
         self._file = file
         file.put(encode_hook())
         file.flush()
-        if flags != _SETUP:
+        if flags == _SETUP:
+            self._in_setup = True
+        else:
             self._queue.open()
 
     def after_iterate(self, file: QEMUFile, flags: int) -> None:
@@ -186,9 +189,10 @@ class RdmaOutgoing:
         self._own_thread()
         file.flush()
         if flags == _SETUP:
-            if self._exchanged:
-                raise LocalProtocolError("a second setup phase")
+            if not self._in_setup:
+                raise LocalProtocolError("the end of a setup phase that did not begin")
             self._exchange_blocks()
+            self._in_setup = False
         else:
             if not self._queue.is_open:
                 raise LocalProtocolError("the end of a RAM phase that did not begin")

@@ -27,9 +27,10 @@ from hooks_kit import (
 )
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError
+from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone
 from rdma_mig.memory import DirtyBitmap
 from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration import ram_control
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_BLOCK_REG,
     RAM_CONTROL_FINISH,
@@ -44,12 +45,10 @@ from rdma_mig.migration.ram_control import (
     ram_control_save_page,
     ram_control_save_pages,
 )
-from rdma_mig.migration.rdma import (
-    rdma_start_incoming_migration,
-)
+from rdma_mig.migration.rdma import rdma_start_incoming_migration
 from rdma_mig.migration.state import Migration, migrate_get_current
 from rdma_mig.wire.control import ControlType
-from rdma_mig.wire.stream import encode_section_part
+from rdma_mig.wire.stream import RAM_SAVE_FLAG_HOOK, encode_section_part
 
 pytestmark = pytest.mark.rdma
 
@@ -259,6 +258,19 @@ REFUSED = {
         lambda f: ram_control_before_iterate(f, RAM_CONTROL_ROUND), "before the one of setup"),
     "a second setup": (
         lambda f: (begin(f), ram_control_before_iterate(f, RAM_CONTROL_SETUP)), "second setup"),
+    "setup within setup": (
+        lambda f: (f.put(kit.HEAD), ram_control_before_iterate(f, RAM_CONTROL_SETUP),
+                   ram_control_before_iterate(f, RAM_CONTROL_SETUP)), "second setup"),
+    "an end of setup without a beginning": (
+        lambda f: ram_control_after_iterate(f, RAM_CONTROL_SETUP), "did not begin"),
+    "a second end of setup": (
+        lambda f: (begin(f), ram_control_after_iterate(f, RAM_CONTROL_SETUP)), "did not begin"),
+    "an end of setup in a round": (
+        lambda f: within(f, lambda: ram_control_after_iterate(f, RAM_CONTROL_SETUP)),
+        "did not begin"),
+    "an end of a round in setup": (
+        lambda f: (f.put(kit.HEAD), ram_control_before_iterate(f, RAM_CONTROL_SETUP),
+                   ram_control_after_iterate(f, RAM_CONTROL_ROUND)), "did not begin"),
     "a phase within a phase": (
         lambda f: within(f, lambda: ram_control_before_iterate(f, RAM_CONTROL_FINISH)), "within"),
     "an end without a beginning": (
@@ -293,6 +305,56 @@ def test_misuse_raises_and_sticks_to_the_file(ram):
         assert engine.told()["left"] <= 0
     finally:
         assert engine.close() == ""
+
+
+def test_what_the_transport_meets_sticks_to_the_file(ram):
+    """A destination that is gone fails the call that meets it, and every call behind that."""
+    seen = []
+
+    def offer_all(file):
+        for page in range(0, RAM // PAGE, 2):
+            ram_control_save_page(file, 0, page * PAGE, PAGE)
+        ram_control_after_iterate(file, RAM_CONTROL_ROUND)
+
+    def save(file, _counts):
+        begin(file)
+        file.put(encode_section_part(kit.RAM_ID))
+        ram_control_before_iterate(file, RAM_CONTROL_ROUND)
+        assert gone.wait(kit.patience(20))
+        with pytest.raises(PeerGone) as caught:
+            offer_all(file)
+        assert file.error is caught.value
+        for later in (
+            lambda: ram_control_save_page(file, 0, 0, PAGE),
+            lambda: ram_control_save_pages(file, 0),
+            lambda: ram_control_before_iterate(file, RAM_CONTROL_ROUND),
+            lambda: ram_control_after_iterate(file, RAM_CONTROL_ROUND),
+            lambda: file.put(b"x"),
+        ):
+            with pytest.raises(PeerGone) as again:
+                later()
+            assert again.value is caught.value
+        seen.append(caught.value)
+        raise caught.value
+
+    gone = threading.Event()
+    with kit.RawListener() as listener:
+        source = kit.Worker(lambda: run(listener.uri, ram, save))
+        peer = listener.accept()
+        kit.until("in the last phase", kit.act_as_destination(peer))
+        peer.close()
+        gone.set()
+        with pytest.raises(PeerGone) as ended:
+            source.result()
+    assert seen == [ended.value]
+
+
+def test_values_are_the_headers():
+    names = ("SETUP", "ROUND", "HOOK", "FINISH", "BLOCK_REG")
+    values = [getattr(ram_control, f"RAM_CONTROL_{name}") for name in names]
+    assert values == [0, 1, 2, 3, 4]
+    assert RAM_SAVE_FLAG_HOOK == 0x80
+    assert (RAM_SAVE_CONTROL_NOT_SUPP, RAM_SAVE_CONTROL_DELAYED) == (-1000, -2000)
 
 
 def test_hooks_on_a_file_that_has_none():
