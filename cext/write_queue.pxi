@@ -28,10 +28,14 @@ cdef class WriteQueue:
         interrupted: called with a code other than DONE when posting has to wait and the wait is
             interrupted; it raises, or returns when the queue shall go on. With NEED_KEY the run
             in ``wanted`` lies in a chunk without keys: it calls set_chunk_keys() or skip().
+        issued: called with the bytes of the writes posted since it was called last, before the
+            call that posted them returns: once a call, not once a page. None to leave it.
     """
 
     cdef WorkQueue work
     cdef object interrupted
+    cdef object issued
+    cdef uint64_t accounted
     cdef Target *targets
     cdef int count
     cdef uint64_t chunk_size
@@ -56,7 +60,7 @@ cdef class WriteQueue:
         self.pending_block = -1
 
     def __init__(self, WorkQueue work not None, *, uint64_t chunk_size, uint64_t max_write,
-                 interrupted):
+                 interrupted, issued=None):
         if chunk_size == 0 or chunk_size & (chunk_size - 1):
             raise ValueError("chunk_size must be a power of two")
         if not 0 < max_write <= 1 << 30:
@@ -66,6 +70,7 @@ cdef class WriteQueue:
         self.chunk_size = chunk_size
         self.max_write = max_write
         self.interrupted = interrupted
+        self.issued = issued
 
     def __dealloc__(self):
         cdef int i
@@ -230,6 +235,7 @@ cdef class WriteQueue:
         while result != _DONE:
             self.resume(result)
             result = self.append(block, offset, size)
+        self.account()
 
     def save_runs(self, int block, const uint64_t[:, ::1] runs) -> int:
         """Write many runs, rows of (offset, length) in bytes; return the bytes taken."""
@@ -247,6 +253,7 @@ cdef class WriteQueue:
             with nogil:
                 result = self.advance(block, runs, &i, &done)
             if result == _DONE:
+                self.account()
                 return total
             self.resume(result)
 
@@ -275,8 +282,18 @@ cdef class WriteQueue:
         while result != _DONE:
             self.resume(result)
             result = self.flush_nogil()
+        self.account()
+
+    cdef int account(self) except -1:
+        cdef uint64_t size = self.bytes - self.accounted
+        self.accounted = self.bytes
+        if size and self.issued is not None:
+            self.issued(size)
+        return 0
 
     cdef int resume(self, int result) except -1:
+        # What follows may raise: what was posted is counted all the same.
+        self.account()
         if result == _INTERRUPTED:
             PyErr_CheckSignals()
         else:

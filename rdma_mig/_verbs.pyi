@@ -101,7 +101,13 @@ class WriteQueue:
     writes: int
     bytes: int
     def __init__(
-        self, work: WorkQueue, *, chunk_size: int, max_write: int, interrupted: Any
+        self,
+        work: WorkQueue,
+        *,
+        chunk_size: int,
+        max_write: int,
+        interrupted: Any,
+        issued: Any = None,
     ) -> None: ...
     def set_targets(
         self, targets: list[tuple[int, int, int, int, int]], *, dynamic: bool = False

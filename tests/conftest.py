@@ -18,6 +18,7 @@ IN_EVERY_RUN = (
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
     "interop/test_commands.py::test_signal_in_mid_transfer_leaves_the_guest_to_its_source[15]",
+    "rdma/test_rdma_accounting.py::test_what_a_snapshot_has_sent_is_told[dynamic]",
     "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
     "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
     "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",
@@ -32,6 +33,8 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
     "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
+    "rdma/test_rdma_hook_writes.py::test_each_border_ends_a_run_once[dynamic]",
+    "rdma/test_rdma_hook_writes.py::test_no_write_has_to_complete_before_the_end_of_the_phase[pin-all]",
     "rdma/test_rdma_hooks.py::test_when_pages_are_merged_and_when_they_are_written",
     "rdma/test_rdma_hooks.py::test_page_by_page_and_in_bulk_the_same_bytes_arrive[pin-all]",
     "rdma/test_rdma_host_cannot.py::test_device_files_that_may_not_be_opened[both]",
@@ -42,6 +45,10 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_host_cannot.py::test_whole_migration_as_an_unprivileged_user_within_its_limit"
     "[pin-all]",
     "rdma/test_rdma_lost_peer.py::test_killed_source_is_noticed[in the last phase]",
+    "rdma/test_rdma_stream.py::test_messages_of_any_size[524272]",
+    "rdma/test_rdma_stream.py::test_messages_that_end_at_fields_or_within_them[1]",
+    "rdma/test_rdma_stream.py::test_shared_block_stays_where_it_is",
+    "rdma/test_rdma_stream.py::test_other_live_sections_are_refused_by_name[between rounds]",
 )
 
 

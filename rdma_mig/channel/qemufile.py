@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from rdma_mig.channel.counters import RamCounters
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.bitmap import DirtyBitmap
 
@@ -73,7 +74,9 @@ class QEMUFile:
         self.channel = channel
         self.hooks = hooks
         self.position = 0
-        """Bytes of the stream so far."""
+        """Bytes of the stream so far, and of the pages that a transport wrote beside it."""
+        self.counters = RamCounters()
+        """What became of the guest's pages."""
         self._buffer = bytearray()
         self._error: MigrationError | None = None
 
@@ -91,6 +94,17 @@ class QEMUFile:
         """Raise the error that the file is in, if it is in one."""
         if self._error is not None:
             raise self._error
+
+    def account(self, size: int, *, zero: bool) -> None:
+        """Count a run of pages that a transport issues; data advances the position, zeros do not.
+
+        Args:
+            size: bytes, whole pages of 4096.
+            zero: they are announced as zero, and not written.
+        """
+        self.counters.issued(size, zero=zero)
+        if not zero:
+            self.position += size
 
     def put(self, data: bytes) -> None:
         """Append bytes to the stream."""

@@ -74,6 +74,13 @@ def add_parser(commands: Any) -> None:
         help="when RAM goes to disk: before the source may let go of its guest, which adds the "
         "time of writing it to the downtime, or after (the default: space is set aside before)",
     )
+    parser.add_argument(
+        "--shared-block",
+        action="append",
+        metavar="NAME",
+        help="RAM block that a source with x-ignore-shared does not send, because it is shared; "
+        "again for each one, `none` for no block; guessed by default",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -111,7 +118,10 @@ def run(args: argparse.Namespace) -> int:
             )
 
         destination = SnapshotDestination(
-            args.output, max_ram=args.max_ram, sync_before=args.sync == "before"
+            args.output,
+            args.shared_block,
+            max_ram=args.max_ram,
+            sync_before=args.sync == "before",
         )
         try:
             for left in destination.writer.stale:

@@ -7,7 +7,9 @@ With ``--json`` one object, whose keys stay as they are (new ones may be added):
 ``stream``: ``ram_section_id``, ``footers``, ``page_bits``;
 ``ram``: ``length`` and ``data_bytes`` in all, and ``blocks``, a list in stream order of ``index``,
 ``name``, ``length``, ``data_bytes`` (bytes in pages that are not zero), ``page_size`` and
-``guest_address`` (null where the source sent none), ``digests_sha256``;
+``guest_address`` (null where the source sent none), ``digests_sha256``, and ``shared_blocks``, a
+list of the blocks that the source kept to itself: ``position`` in its list, ``name``, ``length``,
+``page_size``, ``guest_address``;
 ``config``: ``size``, ``sha256``;
 ``device_state``: ``size``, ``sha256``, ``eof_offset``;
 ``description``: null where the source sent none, else ``size``, ``sha256``, ``page_size``,

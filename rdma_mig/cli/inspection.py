@@ -8,7 +8,6 @@ from typing import Any
 
 from rdma_mig.errors import ProtocolError
 from rdma_mig.snapshot import Snapshot, human, printable
-from rdma_mig.snapshot.manifest import FORMAT_VERSION
 from rdma_mig.wire.description import parse_description
 
 __all__ = ["lines_of", "report_of"]
@@ -19,7 +18,7 @@ def report_of(snapshot: Snapshot, *, verified: bool) -> dict[str, Any]:
     manifest = snapshot.manifest
     return {
         "path": str(snapshot.path),
-        "format_version": FORMAT_VERSION,
+        "format_version": manifest.version,
         "machine": manifest.machine,
         "stream": {
             "ram_section_id": manifest.ram_section_id,
@@ -40,6 +39,16 @@ def report_of(snapshot: Snapshot, *, verified: bool) -> dict[str, Any]:
                     "digests_sha256": record.digests_sha256,
                 }
                 for index, record in enumerate(manifest.blocks)
+            ],
+            "shared_blocks": [
+                {
+                    "position": shared.position,
+                    "name": shared.block.idstr,
+                    "length": shared.block.length,
+                    "page_size": shared.block.page_size,
+                    "guest_address": shared.block.guest_address,
+                }
+                for shared in manifest.shared
             ],
         },
         "config": asdict(manifest.config),
@@ -87,14 +96,20 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         *_table(
             ("block", "name", "length", "not zero", "sha256 of the chunks' xxh3-128"),
             [
-                (
-                    str(block["index"]),
-                    printable(block["name"]),
-                    human(block["length"]),
-                    human(block["data_bytes"]),
-                    block["digests_sha256"],
-                )
-                for block in ram["blocks"]
+                *(
+                    (
+                        str(block["index"]),
+                        printable(block["name"]),
+                        human(block["length"]),
+                        human(block["data_bytes"]),
+                        block["digests_sha256"],
+                    )
+                    for block in ram["blocks"]
+                ),
+                *(
+                    ("-", printable(block["name"]), human(block["length"]), "-", "shared: not here")
+                    for block in ram["shared_blocks"]
+                ),
             ],
             right=(0, 2, 3),
         ),

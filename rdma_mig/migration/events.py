@@ -74,6 +74,8 @@ class Completed(MigrationEvent):
         device_state_bytes: bytes of the stream behind the RAM section.
         rounds: RAM phases after setup, the last one included.
         writes: RDMA writes posted; 0 at a destination, which does not see them.
+        normal_pages: pages of 4 KiB written; 0 at a destination.
+        duplicate_pages: pages of 4 KiB that were announced as zero instead; 0 at a destination.
         setup_seconds: populating and registering memory, and agreeing on the blocks.
         transfer_seconds: from there to the last byte of the stream.
         writing_seconds: setting disk space aside and writing the snapshot (incoming), or loading
@@ -91,6 +93,8 @@ class Completed(MigrationEvent):
     device_state_bytes: int
     rounds: int
     writes: int
+    normal_pages: int
+    duplicate_pages: int
     setup_seconds: float
     transfer_seconds: float
     writing_seconds: float

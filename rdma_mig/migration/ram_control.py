@@ -13,6 +13,7 @@ from typing import Protocol
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.bitmap import DirtyBitmap
+from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 
 __all__ = [
     "RAM_CONTROL_BLOCK_REG",
@@ -23,6 +24,7 @@ __all__ = [
     "RAM_SAVE_CONTROL_DELAYED",
     "RAM_SAVE_CONTROL_NOT_SUPP",
     "BytesSent",
+    "acct_update_position",
     "ram_control_after_iterate",
     "ram_control_before_iterate",
     "ram_control_load_hook",
@@ -52,6 +54,20 @@ def _failed(file: QEMUFile, error: Exception) -> MigrationError:
         error = LocalProtocolError(str(error))
     file.fail(error)
     return error
+
+
+def acct_update_position(f: QEMUFile, size: int, zero: bool) -> None:
+    """Account a run of pages when it is issued, which may be long after the pages were offered.
+
+    The transport calls it for its runs by itself; an engine does for what it puts into the stream.
+
+    Args:
+        f: the file being saved to; its ``counters`` are what is updated.
+        size: bytes of the run, whole pages of 4096.
+        zero: the run is announced as zero: its pages count as duplicates. Otherwise they count as
+            normal, and ``transferred`` and the file's position advance by ``size``.
+    """
+    f.account(size, zero=zero)
 
 
 def ram_control_before_iterate(f: QEMUFile, flags: int) -> None:
@@ -114,7 +130,8 @@ def ram_control_save_page(
         offset: of the page in its block, bytes.
         size: bytes.
         bytes_sent: its ``value`` becomes 1 when the page was taken, whatever is sent later,
-            since sending is deferred (docs/protocol.md, RAM phases).
+            since sending is deferred: the caller adds it to ``transferred`` (docs/protocol.md, RAM
+            phases).
 
     Returns:
         RAM_SAVE_CONTROL_DELAYED: taken. RAM_SAVE_CONTROL_NOT_SUPP: put it into the stream.
@@ -131,13 +148,19 @@ def ram_control_save_page(
     return RAM_SAVE_CONTROL_DELAYED
 
 
-def ram_control_save_pages(f: QEMUFile, block_offset: int, dirty: DirtyBitmap | None = None) -> int:
+def ram_control_save_pages(
+    f: QEMUFile,
+    block_offset: int,
+    dirty: DirtyBitmap | None = None,
+    bytes_sent: BytesSent | None = None,
+) -> int:
     """Offer all dirty pages of a block at once: the bulk twin of ram_control_save_page().
 
     Args:
         f: the file being saved to.
         block_offset: where the block begins in the RAM address space.
         dirty: its dirty pages; None for the whole block.
+        bytes_sent: its ``value`` becomes the number of pages taken: 1 for each, as there.
 
     Returns:
         RAM_SAVE_CONTROL_DELAYED: taken. RAM_SAVE_CONTROL_NOT_SUPP: put them into the stream.
@@ -146,7 +169,9 @@ def ram_control_save_pages(f: QEMUFile, block_offset: int, dirty: DirtyBitmap | 
     if f.hooks is None:
         return RAM_SAVE_CONTROL_NOT_SUPP
     try:
-        f.hooks.save_pages(block_offset, dirty)
+        taken = f.hooks.save_pages(block_offset, dirty)
     except (MigrationError, ValueError) as error:
         raise _failed(f, error) from error
+    if bytes_sent is not None:
+        bytes_sent.value = taken // TARGET_PAGE_SIZE
     return RAM_SAVE_CONTROL_DELAYED

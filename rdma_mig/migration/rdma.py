@@ -13,18 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import MigrationError
+from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Connected, Listening, Warned
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.transport.control import TransportLimits
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
-from rdma_mig.transport.outgoing import RdmaOutgoing
+from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.host import require_rdma
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Deadline
 from rdma_mig.wire.address import RdmaAddress
+from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
 
 __all__ = ["RdmaOptions", "rdma_start_incoming_migration", "rdma_start_outgoing_migration"]
 
@@ -44,6 +45,11 @@ class RdmaOptions:
             for everywhere; incoming only. Others are turned away, and waiting goes on.
         accept_seconds: limit on the wait for a source; None for none.
         endpoint: sizes and limits of the connection.
+        stream_message: bytes of the stream that a source puts into one message at most, 1 to
+            524272. Where it is cut has no meaning to a destination.
+
+    Raises:
+        LocalProtocolError: a size that no destination takes.
     """
 
     pin_all: bool = False
@@ -53,6 +59,13 @@ class RdmaOptions:
     stall_seconds: float | None = None
     accept_seconds: float | None = None
     endpoint: EndpointOptions = field(default_factory=EndpointOptions)
+    stream_message: int = STREAM_MESSAGE
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stream_message <= CONTROL_MAX_PAYLOAD:
+            raise LocalProtocolError(
+                f"messages of {self.stream_message} bytes, allowed are 1 to {CONTROL_MAX_PAYLOAD}"
+            )
 
 
 def rdma_start_incoming_migration(
@@ -187,6 +200,7 @@ def _outgoing(
         TransportLimits(options.total_seconds, options.stall_seconds),
         pin_all=options.pin_all,
         return_path=options.return_path,
+        stream_message=options.stream_message,
     )
     try:
         migration.state.status = MigrationStatus.ACTIVE

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rdma_mig.channel.qemufile import QEMUFile
@@ -23,8 +24,9 @@ from rdma_mig.migration.ram_control import (
     RAM_CONTROL_HOOK,
     ram_control_load_hook,
 )
+from rdma_mig.migration.shared_blocks import SharedBlocks, choose_shared
 from rdma_mig.migration.state import Migration, MigrationStatus
-from rdma_mig.snapshot import SnapshotWriter
+from rdma_mig.snapshot import SharedBlock, SnapshotWriter
 from rdma_mig.transport.incoming import RdmaIncoming
 from rdma_mig.wire.control import FinalAck
 from rdma_mig.wire.description import DeviceStateScanner
@@ -78,6 +80,8 @@ class SnapshotDestination:
 
     Args:
         path: the snapshot directory; must not exist.
+        shared_blocks: names of the RAM blocks that a source with x-ignore-shared keeps to itself,
+            `NO_SHARED_BLOCKS` for none; None to guess.
         max_ram: most bytes of RAM that a guest may have, within what this host has available.
         sync_before: put RAM on disk before the commit point, at the cost of the guest's downtime.
 
@@ -86,11 +90,18 @@ class SnapshotDestination:
     """
 
     def __init__(
-        self, path: str | Path, *, max_ram: int | None = None, sync_before: bool = False
+        self,
+        path: str | Path,
+        shared_blocks: Sequence[str] | None = None,
+        *,
+        max_ram: int | None = None,
+        sync_before: bool = False,
     ) -> None:
         self.writer = SnapshotWriter(path)
         self._max_ram = max_ram
         self._sync_before = sync_before
+        self._named_shared = shared_blocks
+        self._shared = SharedBlocks()
         self._parser = StreamParser()
         self._scanner = DeviceStateScanner()
         self._head: StreamHead | None = None
@@ -130,6 +141,9 @@ class SnapshotDestination:
         except MigrationError as error:
             if not error.owner:
                 error.owner = migration.state.owner
+            if isinstance(error, PeerGone) and transport.phases == 0 and self._shared.asked:
+                # How a source ends that is offered other blocks than those it would send.
+                error.remedy = self._shared.remedy
             if self.writer.keep_on_failure and self.writer.kept_at is None:
                 kept = self._rescue(migration)
                 error.remedy = "; ".join(part for part in (kept, error.remedy) if part)
@@ -208,16 +222,22 @@ class SnapshotDestination:
     def _start_ram(
         self, start: RamStart, migration: Migration, file: QEMUFile, transport: RdmaIncoming
     ) -> None:
+        assert self._head is not None
+        self._shared = choose_shared(self._head, start.blocks, self._named_shared)
+        if self._shared.warning:
+            migration.emit(Warned(self._shared.warning))
+        kept = [block for block in start.blocks if block.idstr not in self._shared.names]
+        total = sum(block.length for block in kept)
         available = available_memory()
-        if self._max_ram is not None and start.total > self._max_ram:
+        if self._max_ram is not None and total > self._max_ram:
             raise HostError(
-                f"the source announces {start.total >> 20} MiB of RAM and --max-ram allows "
+                f"the source announces {total >> 20} MiB of RAM and --max-ram allows "
                 f"{self._max_ram >> 20} MiB",
                 remedy="allow more, if this is the machine that was awaited",
             )
-        if start.total + _OVERHEAD > available:
+        if total + _OVERHEAD > available:
             raise HostError(
-                f"the source announces {start.total >> 20} MiB of RAM and this host has "
+                f"the source announces {total >> 20} MiB of RAM and this host has "
                 f"{available >> 20} MiB available",
                 remedy="free memory here, or migrate to a host with more",
             )
@@ -225,13 +245,13 @@ class SnapshotDestination:
         self._ram = GuestRam(
             [
                 RamBlock(block.idstr, block.length, block.page_size, block.guest_address)
-                for block in start.blocks
+                for block in kept
             ]
         )
         for guest in self._ram:
             ram_control_load_hook(file, RAM_CONTROL_BLOCK_REG, guest.block.idstr)
         transport.attach(self._ram)
-        migration.emit(Progress("setup", 0, start.total))
+        migration.emit(Progress("setup", 0, total))
 
     def _commit_point(self, migration: Migration, transport: RdmaIncoming) -> None:
         """Be sure of RAM before the source may go on to what makes it let go of the machine.
@@ -363,6 +383,14 @@ class SnapshotDestination:
                 footers=self._footers,
                 eof_offset=self._scanner.eof_offset,
                 keep_on_failure=not transport.has_return_path,
+                shared=[
+                    SharedBlock(
+                        position,
+                        RamBlock(block.idstr, block.length, None, block.guest_address),
+                    )
+                    for position, block in enumerate(self._start.blocks)
+                    if block.idstr in self._shared.names
+                ],
             )
         except MigrationError as error:
             if transport.final_ack:
@@ -394,6 +422,8 @@ class SnapshotDestination:
                 device_state_bytes=self._scanner.total,
                 rounds=state.rounds,
                 writes=0,
+                normal_pages=0,
+                duplicate_pages=0,
                 setup_seconds=round(transport.setup_seconds, 6),
                 transfer_seconds=round(transfer, 6),
                 writing_seconds=round(self._reserved + self._written - began, 6),

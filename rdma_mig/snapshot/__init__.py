@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from rdma_mig.snapshot._fs import human, printable
-from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest
+from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest, SharedBlock
 from rdma_mig.snapshot.reader import Snapshot
 from rdma_mig.snapshot.writer import DEVICE_STATE_RESERVE, SnapshotWriter
 
@@ -13,6 +13,7 @@ __all__ = [
     "BlockRecord",
     "FileRecord",
     "Manifest",
+    "SharedBlock",
     "Snapshot",
     "SnapshotWriter",
     "human",

@@ -36,12 +36,14 @@ __all__ = [
     "BlockRecord",
     "FileRecord",
     "Manifest",
+    "SharedBlock",
     "digest_file",
     "ram_file",
 ]
 
 FORMAT: Final = "rdma-mig-snapshot"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest version that is read; what needs nothing of it is written as an older one."""
 STREAM_VERSION: Final = 3
 RAM_SECTION_VERSION: Final = 4
 DIGEST_ALGORITHM: Final = "xxh3-128"
@@ -94,6 +96,19 @@ class BlockRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedBlock:
+    """A RAM block that the source listed and did not send: others share its memory.
+
+    Attributes:
+        position: in the source's list, shared blocks counted.
+        block: name, length, and guest address.
+    """
+
+    position: int
+    block: RamBlock
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All that ``manifest.json`` says.
 
@@ -102,12 +117,13 @@ class Manifest:
         ram_section_id: the section id the source gave to RAM; others refer to it.
         footers: whether sections end in a footer.
         page_bits: log2 of the target page size.
-        blocks: the RAM blocks in stream order.
-        config: the stream's head, up to the RAM section.
+        blocks: the RAM blocks that are kept, in stream order.
+        config: the stream's head: header and configuration section.
         device_state: everything after RAM's END section.
         eof_offset: the offset in the device state right after its EOF byte, where the description
             begins.
         description: the description's JSON text; None when the source sent none.
+        shared: the RAM blocks that were listed and not sent (x-ignore-shared), in stream order.
     """
 
     machine: str
@@ -119,6 +135,20 @@ class Manifest:
     device_state: FileRecord
     eof_offset: int
     description: FileRecord | None
+    shared: tuple[SharedBlock, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The format version: 2 with shared blocks, which a reader of version 1 would lose."""
+        return 2 if self.shared else 1
+
+    @property
+    def listed(self) -> tuple[tuple[RamBlock, bool], ...]:
+        """All blocks that the source listed, in its order, and whether each is shared."""
+        blocks = [(record.block, False) for record in self.blocks]
+        for shared in self.shared:
+            blocks.insert(shared.position, (shared.block, True))
+        return tuple(blocks)
 
     def encode(self) -> bytes:
         """The file's bytes: ASCII JSON, sorted keys, two spaces, a newline at the end."""
@@ -135,9 +165,9 @@ class Manifest:
                 "size": self.description.size,
                 "sha256": self.description.sha256,
             }
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "machine": self.machine,
             "stream": {
                 "version": STREAM_VERSION,
@@ -165,6 +195,17 @@ class Manifest:
             ],
             "files": files,
         }
+        if self.shared:
+            content["shared_blocks"] = [
+                {
+                    "position": shared.position,
+                    "name": shared.block.idstr,
+                    "length": shared.block.length,
+                    "page_size": shared.block.page_size,
+                    "guest_address": shared.block.guest_address,
+                }
+                for shared in self.shared
+            ]
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
 
     @classmethod
@@ -203,7 +244,7 @@ class Manifest:
         if version > FORMAT_VERSION:
             raise SnapshotError(
                 f"{path} has format version {str(version)[:20]}, this rdma-mig reads "
-                f"{FORMAT_VERSION}",
+                f"1 to {FORMAT_VERSION}",
                 remedy="use the rdma-mig that wrote it, or a newer one",
             )
         try:
@@ -280,6 +321,23 @@ def _file(value: Any, where: str, most: int, *more: str) -> FileRecord:
     )
 
 
+def _ram_block(fields: dict[str, Any], where: str) -> RamBlock:
+    return RamBlock(
+        _text(fields["name"], f"name of {where}"),
+        _int(fields["length"], f"length of {where}", 1, 1 << 64),
+        _optional_int(fields["page_size"], f"page size of {where}"),
+        _optional_int(fields["guest_address"], f"guest address of {where}"),
+    )
+
+
+def _shared(value: Any, index: int, listed: int) -> SharedBlock:
+    where = f"shared block {index}"
+    fields = _object(value, where, ("position", "name", "length", "page_size", "guest_address"))
+    return SharedBlock(
+        _int(fields["position"], f"position of {where}", 0, listed - 1), _ram_block(fields, where)
+    )
+
+
 def _block(value: Any, index: int) -> BlockRecord:
     where = f"block {index}"
     fields = _object(
@@ -294,12 +352,7 @@ def _block(value: Any, index: int) -> BlockRecord:
     _exactly(digests["file"], f"digest file of {where}", f"{RAM}/{digest_file(index)}")
     _exactly(digests["algorithm"], f"digest algorithm of {where}", DIGEST_ALGORITHM)
     _exactly(digests["chunk_size"], f"chunk size of {where}", CHUNK_SIZE)
-    block = RamBlock(
-        _text(fields["name"], f"name of {where}"),
-        _int(fields["length"], f"length of {where}", 1, 1 << 64),
-        _optional_int(fields["page_size"], f"page size of {where}"),
-        _optional_int(fields["guest_address"], f"guest address of {where}"),
-    )
+    block = _ram_block(fields, where)
     return BlockRecord(
         block,
         _int(fields["data_bytes"], f"data bytes of {where}", 0, block.length),
@@ -307,8 +360,21 @@ def _block(value: Any, index: int) -> BlockRecord:
     )
 
 
+def _shared_blocks(values: Any, kept: int) -> tuple[SharedBlock, ...]:
+    if not isinstance(values, list) or len(values) + kept > MAX_BLOCKS:
+        raise _Bad(f"blocks and shared_blocks are not lists of {MAX_BLOCKS} at most")
+    shared = tuple(_shared(value, at, kept + len(values)) for at, value in enumerate(values))
+    positions = [each.position for each in shared]
+    if positions != sorted(set(positions)):
+        raise _Bad("the positions of shared blocks do not increase")
+    return shared
+
+
 def _manifest(content: dict[str, Any]) -> Manifest:
-    _object(content, "the manifest", ("format", "version", "machine", "stream", "blocks", "files"))
+    keys = ["format", "version", "machine", "stream", "blocks", "files"]
+    if content["version"] == 2:
+        keys.append("shared_blocks")
+    _object(content, "the manifest", keys)
     stream = _object(
         content["stream"],
         "stream",
@@ -322,7 +388,11 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS:
         raise _Bad(f"blocks is not a list of 1 to {MAX_BLOCKS}")
     records = tuple(_block(value, index) for index, value in enumerate(blocks))
-    if len({record.block.idstr for record in records}) != len(records):
+    shared = _shared_blocks(content.get("shared_blocks", []), len(records))
+    if content["version"] == 2 and not shared:
+        raise _Bad("no block is shared, which is version 1")
+    names = [record.block.idstr for record in records] + [each.block.idstr for each in shared]
+    if len(set(names)) != len(names):
         raise _Bad("two blocks have one name")
     files = _object(content["files"], "files", (CONFIG, DEVICE_STATE), DESCRIPTION)
     state = _file(files[DEVICE_STATE], DEVICE_STATE, MAX_DEVICE_STATE, "eof_offset")
@@ -340,4 +410,5 @@ def _manifest(content: dict[str, Any]) -> Manifest:
             if DESCRIPTION in files
             else None
         ),
+        shared=shared,
     )

@@ -98,7 +98,7 @@ class Snapshot(Closing):
 
     @property
     def blocks(self) -> tuple[RamBlock, ...]:
-        """The RAM blocks in stream order."""
+        """The RAM blocks that are kept, in stream order."""
         return tuple(record.block for record in self.manifest.blocks)
 
     @property
@@ -108,7 +108,7 @@ class Snapshot(Closing):
 
     @property
     def config(self) -> bytes:
-        """The stream's head up to the RAM section, checked by its sha256."""
+        """The stream's head (header and configuration section), checked by its sha256."""
         return self._read_whole(CONFIG, self.manifest.config)
 
     @property

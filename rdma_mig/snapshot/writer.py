@@ -31,6 +31,7 @@ from rdma_mig.snapshot.manifest import (
     BlockRecord,
     FileRecord,
     Manifest,
+    SharedBlock,
     ram_file,
 )
 from rdma_mig.snapshot.ram import (
@@ -227,7 +228,7 @@ class SnapshotWriter:
     # -- contents --------------------------------------------------------------------------------
 
     def write_config(self, raw: bytes) -> None:
-        """Keep the stream's head: everything before the RAM section, verbatim."""
+        """Keep the stream's head, verbatim: header and configuration section."""
         if len(raw) > MAX_HEAD:
             raise SnapshotError(
                 f"the head of the stream has {len(raw)} bytes, a snapshot takes {MAX_HEAD}",
@@ -294,6 +295,7 @@ class SnapshotWriter:
         eof_offset: int,
         page_bits: int = 12,
         keep_on_failure: bool = True,
+        shared: Sequence[SharedBlock] = (),
     ) -> Path:
         """Make the snapshot durable and give it its name.
 
@@ -305,6 +307,7 @@ class SnapshotWriter:
             page_bits: log2 of the target page size.
             keep_on_failure: keep what there is should this fail; False where the source still has
                 the machine.
+            shared: blocks that the source listed and did not send, in stream order.
 
         Returns:
             DIR.
@@ -326,6 +329,7 @@ class SnapshotWriter:
             device_state=FileRecord(self._state_size, self._state_hash.hexdigest()),
             eof_offset=eof_offset,
             description=self._description,
+            shared=tuple(shared),
         )
         try:
             self._finish(manifest)

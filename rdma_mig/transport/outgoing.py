@@ -45,13 +45,14 @@ from rdma_mig.wire.stream import encode_hook
 if TYPE_CHECKING:
     from rdma_mig import _verbs
 
-__all__ = ["RETURN_PATH_PING", "RdmaOutgoing"]
+__all__ = ["RETURN_PATH_PING", "STREAM_MESSAGE", "RdmaOutgoing"]
 
 _SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
 
 # One write of all RAM would be quickest, but a wait could not be cancelled within it.
 _MAX_WRITE = 8 << 20
-_STREAM_MESSAGE = 32768
+# Bytes of the stream in one message: what QEMU itself sends at most.
+STREAM_MESSAGE = 32768
 
 # Value of the PING that a return path is tried with; QEMU's own. How long a destination may take to
 # accept that path: as long as QEMU gives it.
@@ -74,6 +75,7 @@ class RdmaOutgoing:
         pin_all: ask for the registration of all RAM at the start; a destination that refuses it
             gets RAM chunk by chunk.
         return_path: open a second connection, on which the destination says how it ended.
+        stream_message: bytes of the stream in one message at most, 1 to 524272.
 
     Raises:
         PeerGone: there is no destination, or it offers no return path.
@@ -97,7 +99,9 @@ class RdmaOutgoing:
         *,
         pin_all: bool,
         return_path: bool = False,
+        stream_message: int = STREAM_MESSAGE,
     ) -> None:
+        self.stream_message = stream_message
         self._verbs = load()
         self._ram = ram
         self._cancel = cancel
@@ -105,6 +109,8 @@ class RdmaOutgoing:
         self.setup_seconds = 0.0
         self.zero_bytes = 0
         self._thread = threading.get_ident()
+        self._file: QEMUFile | None = None  # where runs are accounted: the phase's
+        self._in_setup = False
         self._exchanged = False
         self._records: list[RamBlockRecord] = []
         extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
@@ -127,6 +133,7 @@ class RdmaOutgoing:
                 chunk_size=CHUNK_SIZE,
                 max_write=min(_MAX_WRITE, self._endpoint.max_message),
                 interrupted=self._interrupted,
+                issued=self._issued,
             )
             self._queue.deadline_ns = limits.total.ns
         except BaseException:
@@ -186,6 +193,10 @@ class RdmaOutgoing:
             return
         self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
 
+    def _issued(self, size: int) -> None:
+        if self._file is not None:
+            self._file.account(size, zero=False)
+
     def _own_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise LocalProtocolError("the hooks are called from the thread that connected")
@@ -196,10 +207,9 @@ class RdmaOutgoing:
         """Send stream bytes; a pending run of pages goes before them."""
         self._own_thread()
         self._queue.flush()
-        for at in range(0, len(data), _STREAM_MESSAGE):
-            self.control.send(
-                ControlMessage(ControlType.QEMU_FILE, data[at : at + _STREAM_MESSAGE], repeat=0)
-            )
+        for at in range(0, len(data), self.stream_message):
+            piece = data[at : at + self.stream_message]
+            self.control.send(ControlMessage(ControlType.QEMU_FILE, piece, repeat=0))
 
     def read(self) -> bytes:
         """A source's stream runs one way."""
@@ -212,13 +222,16 @@ class RdmaOutgoing:
         self._own_thread()
         if flags != _SETUP and not self._exchanged:
             raise LocalProtocolError("a RAM phase before the one of setup")
-        if flags == _SETUP and self._exchanged:
+        if flags == _SETUP and (self._exchanged or self._in_setup):
             raise LocalProtocolError("a second setup phase")
         if self._queue.is_open:
             raise LocalProtocolError("a RAM phase within a RAM phase")
+        self._file = file
         file.put(encode_hook())
         file.flush()
-        if flags != _SETUP:
+        if flags == _SETUP:
+            self._in_setup = True
+        else:
             self._queue.open()
 
     def after_iterate(self, file: QEMUFile, flags: int) -> None:
@@ -226,9 +239,10 @@ class RdmaOutgoing:
         self._own_thread()
         file.flush()
         if flags == _SETUP:
-            if self._exchanged:
-                raise LocalProtocolError("a second setup phase")
+            if not self._in_setup:
+                raise LocalProtocolError("the end of a setup phase that did not begin")
             self._exchange_blocks()
+            self._in_setup = False
         else:
             if not self._queue.is_open:
                 raise LocalProtocolError("the end of a RAM phase that did not begin")
@@ -291,6 +305,8 @@ class RdmaOutgoing:
             message = ZeroRun(0, index, address, length).encode()
             self.control.send(ControlMessage(ControlType.COMPRESS, message))
             self.zero_bytes += length
+            if self._file is not None:
+                self._file.account(length, zero=True)
             self._queue.skip()
             return
         chunk = chunk_of(start)

@@ -16,6 +16,7 @@ import snapshot_kit as kit
 from rdma_mig.cli import inspect
 from rdma_mig.errors import SnapshotError
 from rdma_mig.memory import GuestMemory, RamBlock
+from rdma_mig.snapshot import SharedBlock, SnapshotWriter
 
 MIB = 1 << 20
 
@@ -87,6 +88,33 @@ def test_json(kept, capsys):
         ],
     }
     assert report["verified"] is None
+
+
+def test_shared_blocks(tmp_path, capsys):
+    shared = SharedBlock(1, RamBlock("mem\x1b0", 4 * MIB, guest_address=0))
+    with kit.guest() as memories, SnapshotWriter(tmp_path / "vm") as writer:
+        kit.fill(writer, memories)
+        kept = kit.commit(writer, shared=[shared])
+    assert run(kept, "--verify") == 0
+    out = capsys.readouterr().out
+    assert "(format 2)" in out
+    assert "8.1 MiB in 3 blocks" in out
+    row = next(line for line in out.splitlines() if "mem\\x1b0" in line)
+    assert "4.0 MiB" in row
+    assert "shared" in row
+    assert run(kept, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["format_version"] == 2
+    assert [block["name"] for block in report["ram"]["blocks"]] == [b.idstr for b in kit.BLOCKS]
+    assert report["ram"]["shared_blocks"] == [
+        {
+            "position": 1,
+            "name": "mem\x1b0",
+            "length": 4 * MIB,
+            "page_size": None,
+            "guest_address": 0,
+        }
+    ]
 
 
 def test_verify(kept, capsys):

@@ -365,7 +365,8 @@ _KEYS: dict[str, dict[str, type]] = {
     "failed": {"message": _TEXT, "owner": _TEXT, "remedy": _TEXT, "exit_status": _COUNT},
     "completed": {
         "bytes": _COUNT, "pages": _COUNT, "nonzero_bytes": _COUNT, "device_state_bytes": _COUNT,
-        "rounds": _COUNT, "writes": _COUNT, "setup_seconds": _SECONDS,
+        "rounds": _COUNT, "writes": _COUNT, "normal_pages": _COUNT, "duplicate_pages": _COUNT,
+        "setup_seconds": _SECONDS,
         "transfer_seconds": _SECONDS, "writing_seconds": _SECONDS, "bytes_per_second": _SECONDS,
         "path": _TEXT, "peer": _TEXT, "confirmed": _TEXT,
     },

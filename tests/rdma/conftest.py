@@ -17,8 +17,11 @@ sys.path.insert(0, str(_TESTS))
 sys.path.insert(0, str(_TESTS / "rdma"))
 sys.path.insert(0, str(_TESTS / "snapshot"))
 
+import hooks_kit  # noqa: E402
 import rdma_kit as kit  # noqa: E402
 import snapshot_kit  # noqa: E402
+
+from rdma_mig.memory.ram import GuestRam  # noqa: E402
 
 _DEADLINE = 30.0  # seconds on a fast host, unless the test is marked with another
 
@@ -95,3 +98,22 @@ def room(tmp_path: Path) -> Path:
     path = tmp_path / "room"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def engine() -> Iterator[hooks_kit.Engine]:
+    engine = hooks_kit.Engine()
+    try:
+        yield engine
+    finally:
+        engine.process.kill()
+        engine.process.communicate()
+
+
+@pytest.fixture
+def ram() -> Iterator[GuestRam]:
+    with GuestRam(kit.BLOCKS) as ram:
+        for guest in ram:
+            with guest.memory.view() as view:
+                view[:] = snapshot_kit.noise(len(view), guest.index)
+        yield ram

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -422,9 +422,9 @@ def act_as_destination(peer: Peer) -> Iterator[str]:
         yield next(steps)
 
 
-def offer(peer: Peer) -> list[RamBlockRecord]:
+def offer(peer: Peer, blocks: Sequence[RamBlock] = BLOCKS) -> list[RamBlockRecord]:
     """Memory of the peer's for all blocks, registered."""
-    peer.ram = GuestRam(BLOCKS)
+    peer.ram = GuestRam(blocks)
     peer.ram.populate(lambda: False)
     for guest in peer.ram:
         region = peer.endpoint.register(

@@ -5,25 +5,32 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
-import json
 import os
-import subprocess
-import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import rdma_kit as kit
-import snapshot_kit
+from hooks_kit import (
+    CHUNK,
+    PAGE,
+    RAM,
+    Engine,
+    a_round,
+    begin,
+    digests,
+    finish,
+    pages,
+    run,
+    sent_packets,
+)
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError
+from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone
 from rdma_mig.memory import DirtyBitmap
 from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration import ram_control
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_BLOCK_REG,
     RAM_CONTROL_FINISH,
@@ -38,146 +45,12 @@ from rdma_mig.migration.ram_control import (
     ram_control_save_page,
     ram_control_save_pages,
 )
-from rdma_mig.migration.rdma import (
-    RdmaOptions,
-    rdma_start_incoming_migration,
-    rdma_start_outgoing_migration,
-)
+from rdma_mig.migration.rdma import rdma_start_incoming_migration
 from rdma_mig.migration.state import Migration, migrate_get_current
 from rdma_mig.wire.control import ControlType
-from rdma_mig.wire.stream import encode_section_end, encode_section_part
+from rdma_mig.wire.stream import RAM_SAVE_FLAG_HOOK, encode_section_part
 
 pytestmark = pytest.mark.rdma
-
-PAGE = 4096
-RAM = kit.BLOCKS[0].length
-
-
-class Engine:
-    """A destination in a process of its own (rdma_engine.py)."""
-
-    def __init__(self, count: int = 1) -> None:
-        self.process = subprocess.Popen(
-            [
-                sys.executable, "-X", "dev", "-W", "error::ResourceWarning",
-                Path(__file__).with_name("rdma_engine.py"), kit.device()[1], str(count),
-            ],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def told(self) -> dict:
-        line = self.process.stdout.readline()
-        assert line, self.process.stderr.read()
-        return json.loads(line)
-
-    def close(self) -> str:
-        """End it, and return what it has complained about."""
-        try:
-            _, err = self.process.communicate(timeout=kit.patience(20))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-            raise
-        return err
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    engine = Engine()
-    try:
-        yield engine
-    finally:
-        engine.process.kill()
-        engine.process.communicate()
-
-
-@pytest.fixture
-def ram() -> Iterator[GuestRam]:
-    with GuestRam(kit.BLOCKS) as ram:
-        for guest in ram:
-            with guest.memory.view() as view:
-                view[:] = snapshot_kit.noise(len(view), guest.index)
-        yield ram
-
-
-def digests(ram: GuestRam) -> list[str]:
-    found = []
-    for guest in ram:
-        with guest.memory.view() as view:
-            found.append(hashlib.sha256(view).hexdigest())
-    return found
-
-
-Save = Callable[[QEMUFile, "Counts"], None]
-
-
-class Counts:
-    """What one call after the other has written."""
-
-    def __init__(self, transport) -> None:
-        self._transport = transport
-        self._writes = self._bytes = 0
-
-    def new(self) -> tuple[int, int]:
-        """Writes and bytes since the last time."""
-        writes, size = self._transport.writes, self._transport.bytes_written
-        new = writes - self._writes, size - self._bytes
-        self._writes, self._bytes = writes, size
-        return new
-
-
-def begin(file: QEMUFile) -> None:
-    """The stream up to the first pages, setup phase included."""
-    file.put(kit.HEAD)
-    ram_control_before_iterate(file, RAM_CONTROL_SETUP)
-    ram_control_after_iterate(file, RAM_CONTROL_SETUP)
-    file.put(kit.SECTION_BREAK)
-
-
-def a_round(file: QEMUFile, save: Callable[[], None]) -> None:
-    file.put(encode_section_part(kit.RAM_ID))
-    ram_control_before_iterate(file, RAM_CONTROL_ROUND)
-    save()
-    ram_control_after_iterate(file, RAM_CONTROL_ROUND)
-    file.put(kit.SECTION_BREAK)
-
-
-def finish(file: QEMUFile, save: Callable[[], None] = lambda: None) -> None:
-    file.put(encode_section_end(kit.RAM_ID))
-    ram_control_before_iterate(file, RAM_CONTROL_FINISH)
-    save()
-    ram_control_after_iterate(file, RAM_CONTROL_FINISH)
-    file.put(kit.SECTION_BREAK + snapshot_kit.STATE)
-    file.flush()
-
-
-def run(uri: str, ram: GuestRam, save: Save, **options) -> None:
-    """One migration out of this process, through the header's function."""
-    with Migration() as migration:
-        rdma_start_outgoing_migration(
-            migration, uri, ram=ram,
-            save=lambda _, file, transport: save(file, Counts(transport)),
-            options=RdmaOptions(**{"pin_all": True, **options}),
-        )  # fmt: skip
-        assert migration.wait(kit.patience(20))
-
-
-def pages(file: QEMUFile, first: int, count: int, block: int = 0, size: int = PAGE) -> None:
-    """Offer pages one by one, as QEMU's RAM code does."""
-    start = sum(-(-b.length // kit.MIB) * kit.MIB for b in kit.BLOCKS[:block])
-    for page in range(first, first + count):
-        sent = ctypes.c_int(0)
-        result = ram_control_save_page(file, start, page * PAGE, size, sent)
-        assert result == RAM_SAVE_CONTROL_DELAYED
-        assert sent.value == 1
-
-
-def everything(file: QEMUFile) -> None:
-    for index, block in enumerate(kit.BLOCKS):
-        pages(file, 0, block.length // PAGE, index)
-
-
-CHUNK = kit.MIB // PAGE
 
 
 def test_when_pages_are_merged_and_when_they_are_written(engine, ram):
@@ -279,8 +152,10 @@ def test_page_by_page_and_in_bulk_the_same_bytes_arrive(ram, pin_all):
 
     def in_bulk(file):
         for guest, bitmap in zip(ram, bitmaps, strict=True):
-            result = ram_control_save_pages(file, guest.offset, bitmap)
+            sent = ctypes.c_int(0)
+            result = ram_control_save_pages(file, guest.offset, bitmap, sent)
             assert result == RAM_SAVE_CONTROL_DELAYED
+            assert sent.value == sum(bitmap[page] for page in range(len(bitmap)))
 
     engine = Engine(2)
     try:
@@ -294,16 +169,6 @@ def test_page_by_page_and_in_bulk_the_same_bytes_arrive(ram, pin_all):
             assert engine.told()["digests"] == expected
     finally:
         assert engine.close() == ""
-
-
-def sent_packets() -> int | None:
-    """Packets that the device has sent; None where it does not count them."""
-    counters = Path(f"/sys/class/infiniband/{kit.device()[0]}/ports/1/hw_counters")
-    if not (counters / "sent_pkts").exists():
-        return None
-    # The kernel hands out what it has read before, for so many milliseconds.
-    time.sleep(2 * int((counters / "lifespan").read_text()) / 1000)
-    return int((counters / "sent_pkts").read_text())
 
 
 def test_the_device_sent_what_was_counted(engine, ram):
@@ -393,6 +258,19 @@ REFUSED = {
         lambda f: ram_control_before_iterate(f, RAM_CONTROL_ROUND), "before the one of setup"),
     "a second setup": (
         lambda f: (begin(f), ram_control_before_iterate(f, RAM_CONTROL_SETUP)), "second setup"),
+    "setup within setup": (
+        lambda f: (f.put(kit.HEAD), ram_control_before_iterate(f, RAM_CONTROL_SETUP),
+                   ram_control_before_iterate(f, RAM_CONTROL_SETUP)), "second setup"),
+    "an end of setup without a beginning": (
+        lambda f: ram_control_after_iterate(f, RAM_CONTROL_SETUP), "did not begin"),
+    "a second end of setup": (
+        lambda f: (begin(f), ram_control_after_iterate(f, RAM_CONTROL_SETUP)), "did not begin"),
+    "an end of setup in a round": (
+        lambda f: within(f, lambda: ram_control_after_iterate(f, RAM_CONTROL_SETUP)),
+        "did not begin"),
+    "an end of a round in setup": (
+        lambda f: (f.put(kit.HEAD), ram_control_before_iterate(f, RAM_CONTROL_SETUP),
+                   ram_control_after_iterate(f, RAM_CONTROL_ROUND)), "did not begin"),
     "a phase within a phase": (
         lambda f: within(f, lambda: ram_control_before_iterate(f, RAM_CONTROL_FINISH)), "within"),
     "an end without a beginning": (
@@ -427,6 +305,56 @@ def test_misuse_raises_and_sticks_to_the_file(ram):
         assert engine.told()["left"] <= 0
     finally:
         assert engine.close() == ""
+
+
+def test_what_the_transport_meets_sticks_to_the_file(ram):
+    """A destination that is gone fails the call that meets it, and every call behind that."""
+    seen = []
+
+    def offer_all(file):
+        for page in range(0, RAM // PAGE, 2):
+            ram_control_save_page(file, 0, page * PAGE, PAGE)
+        ram_control_after_iterate(file, RAM_CONTROL_ROUND)
+
+    def save(file, _counts):
+        begin(file)
+        file.put(encode_section_part(kit.RAM_ID))
+        ram_control_before_iterate(file, RAM_CONTROL_ROUND)
+        assert gone.wait(kit.patience(20))
+        with pytest.raises(PeerGone) as caught:
+            offer_all(file)
+        assert file.error is caught.value
+        for later in (
+            lambda: ram_control_save_page(file, 0, 0, PAGE),
+            lambda: ram_control_save_pages(file, 0),
+            lambda: ram_control_before_iterate(file, RAM_CONTROL_ROUND),
+            lambda: ram_control_after_iterate(file, RAM_CONTROL_ROUND),
+            lambda: file.put(b"x"),
+        ):
+            with pytest.raises(PeerGone) as again:
+                later()
+            assert again.value is caught.value
+        seen.append(caught.value)
+        raise caught.value
+
+    gone = threading.Event()
+    with kit.RawListener() as listener:
+        source = kit.Worker(lambda: run(listener.uri, ram, save))
+        peer = listener.accept()
+        kit.until("in the last phase", kit.act_as_destination(peer))
+        peer.close()
+        gone.set()
+        with pytest.raises(PeerGone) as ended:
+            source.result()
+    assert seen == [ended.value]
+
+
+def test_values_are_the_headers():
+    names = ("SETUP", "ROUND", "HOOK", "FINISH", "BLOCK_REG")
+    values = [getattr(ram_control, f"RAM_CONTROL_{name}") for name in names]
+    assert values == [0, 1, 2, 3, 4]
+    assert RAM_SAVE_FLAG_HOOK == 0x80
+    assert (RAM_SAVE_CONTROL_NOT_SUPP, RAM_SAVE_CONTROL_DELAYED) == (-1000, -2000)
 
 
 def test_hooks_on_a_file_that_has_none():

@@ -72,9 +72,9 @@ def fill(writer, memories, blocks=BLOCKS, *, description=DESCRIPTION, device_sta
         writer.write_ram(index)
 
 
-def commit(writer) -> Path:
+def commit(writer, **more) -> Path:
     return writer.commit(
-        machine="pc-q35-7.2", ram_section_id=2, footers=True, eof_offset=len(STATE)
+        machine="pc-q35-7.2", ram_section_id=2, footers=True, eof_offset=len(STATE), **more
     )
 
 

@@ -104,7 +104,7 @@ def test_a_partial_opened_by_its_name(tmp_path, memories):
         (b'{"format": "rdma-mig-snapshot"}', "not the manifest"),
         (b'{"format": "rdma-mig-snapshot", "version": true}', "not the manifest"),
         (b'{"format": "rdma-mig-snapshot", "version": 0}', "not the manifest"),
-        (b'{"format": "rdma-mig-snapshot", "version": 2}', "version 2, this rdma-mig reads 1"),
+        (b'{"format": "rdma-mig-snapshot", "version": 3}', "version 3, this rdma-mig reads 1 to 2"),
         (b'{"format": "rdma-mig-snapshot", "version": 1}', "damaged: the manifest lacks"),
         (b" " * ((16 << 20) + 1), "longer than"),
     ],
