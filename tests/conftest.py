@@ -12,7 +12,16 @@ import pytest
 
 # The beginning of a node id below tests/: a file, a test, or one of its cells.
 IN_EVERY_RUN = (
-    "interop/test_round_trip.py",
+    # Each two values of mode, machine and kind together (interop/test_matrix.py).
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-pc-paused-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-pc-dirtying-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-q35-idle-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-numa-paused-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-pc-idle-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-q35-paused-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-q35-dirtying-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-numa-idle-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-numa-dirtying-",
     "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
