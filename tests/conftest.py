@@ -12,8 +12,18 @@ import pytest
 
 # The beginning of a node id below tests/: a file, a test, or one of its cells.
 IN_EVERY_RUN = (
-    "interop/test_round_trip.py",
     "interop/test_return_path.py::test_guest_goes_out_and_comes_back[pin-all]",
+    # Each two values of mode, machine and kind together (interop/test_matrix.py).
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-pc-paused-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-pc-dirtying-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-q35-idle-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[pin-all-numa-paused-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-pc-idle-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-q35-paused-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-q35-dirtying-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-numa-idle-",
+    "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-numa-dirtying-",
+    "interop/test_pinning.py::test_only_chunks_that_were_asked_for_are_pinned[64]",
     "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
@@ -32,6 +42,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_return_path.py::test_source_opens_the_return_path_first_and_believes_what_it_hears",
     "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
     "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
+    "rdma/test_rdma_dynamic.py::test_refused_pin_all_falls_back_to_chunk_by_chunk_and_completes",
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
     "rdma/test_rdma_hook_writes.py::test_each_border_ends_a_run_once[dynamic]",
     "rdma/test_rdma_hook_writes.py::test_no_write_has_to_complete_before_the_end_of_the_phase[pin-all]",

@@ -6,6 +6,7 @@ Needs QEMU, the GNU assembler and linker, and ``qemu.qmp``; not pytest, not a ve
 
 from harness.blocks import (
     differences,
+    fill_guest,
     fill_random,
     read_blocks,
     snapshot_blocks,
@@ -33,6 +34,7 @@ __all__ = [
     "check_counters",
     "device_address",
     "differences",
+    "fill_guest",
     "fill_random",
     "free_port",
     "guest_counters",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RAM blocks as bytes: of a stopped QEMU, of a snapshot directory, and what differs between them.
 
-A block is looked at from outside of the migration: the main RAM through its file, every other one
+A block is looked at from outside of the migration: main RAM through its files, every other block
 through QEMU's process memory, which also shows blocks that are not mapped where the guest's
 processor could see them (firmware tables, shadowed ROMs, a display's memory before it has a BAR).
 """
@@ -38,25 +38,31 @@ def fill_random(path: Path, seed: int, start: int, length: int) -> None:
             memory.write(generator.randbytes(min(_STEP, length - done)))
 
 
+def fill_guest(qemu: Qemu, seed: int) -> None:
+    """Write pseudo-random bytes over all RAM of a guest."""
+    for number, (name, size) in enumerate(qemu.memory_sizes.items()):
+        fill_random(qemu.memory_files[name], seed + number, 0, size)
+
+
 def read_blocks(qemu: Qemu) -> dict[str, Buffer]:
     """Every RAM block of a stopped QEMU by name, as many bytes as are in use.
 
-    The main RAM is a live view of its file: compare before the guest runs on.
+    The blocks of main RAM are live views of their files: compare before the guest runs on.
 
     Raises:
         HarnessError: when there is a block that cannot be told apart in QEMU's memory; none is
             left out.
     """
     infos = qemu.ram_blocks()
-    addresses, unknown = _locate(qemu, [i for i in infos if i.name != "pc.ram"])
+    addresses, unknown = _locate(qemu, [i for i in infos if i.name not in qemu.memory_files])
     if unknown:
         raise HarnessError(f"{qemu.name}: RAM blocks that cannot be read from outside: {unknown}")
     blocks: dict[str, Buffer] = {}
     process_memory = os.open(f"/proc/{qemu.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for info in infos:
-            if info.name == "pc.ram":
-                blocks[info.name] = qemu.memory()
+            if path := qemu.memory_files.get(info.name):
+                blocks[info.name] = FileBytes(path)
             else:
                 blocks[info.name] = _read(process_memory, addresses[info.name], info)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -42,5 +43,33 @@ class FileBytes:
         return data
 
 
+class JoinedBytes:
+    """The bytes of several files, one behind the other."""
+
+    def __init__(self, files: Sequence[FileBytes]) -> None:
+        self._files = list(files)
+
+    def __repr__(self) -> str:
+        return f"JoinedBytes({self._files!r})"
+
+    def __len__(self) -> int:
+        """Size of all files, bytes."""
+        return sum(len(file) for file in self._files)
+
+    def __getitem__(self, where: slice) -> bytes:
+        """The bytes of a slice without a step."""
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError("a slice of files has no step")
+        pieces = []
+        base = 0
+        for file in self._files:
+            low, high = max(start - base, 0), min(stop - base, len(file))
+            if low < high:
+                pieces.append(file[low:high])
+            base += len(file)
+        return b"".join(pieces)
+
+
 #: What guest RAM can be handed over as.
-Buffer = bytes | bytearray | memoryview | mmap.mmap | FileBytes
+Buffer = bytes | bytearray | memoryview | mmap.mmap | FileBytes | JoinedBytes

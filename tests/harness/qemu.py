@@ -15,14 +15,14 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
-from harness.files import FileBytes
+from harness.files import Buffer, FileBytes, JoinedBytes
 from harness.guest import Guest, heartbeats_in
 
 _T = TypeVar("_T")
@@ -58,7 +58,10 @@ class Qemu:
     Args:
         machine: QEMU machine type: ``pc``, ``q35`` or a versioned name.
         guest: what the guest does; the image and the parameters must be the same at both ends.
-        memory_mib: guest RAM, MiB.
+        memory_mib: guest RAM, MiB, in one RAM block.
+        memory: instead of that, the blocks of guest RAM: names and sizes, bytes, in the order of
+            their guest-physical addresses. Several are NUMA nodes with a back end each. QEMU wants
+            multiples of 4096 that add up to one of 8192.
         paused: start with ``-S``; a migration's destination then stays stopped when it is done.
         incoming: value of ``-incoming``: ``defer`` or a URI. When the constructor is through, QEMU
             listens on it.
@@ -77,6 +80,7 @@ class Qemu:
         machine: str = "pc",
         guest: Guest | None = None,
         memory_mib: int = 64,
+        memory: Mapping[str, int] | None = None,
         paused: bool = False,
         incoming: str | None = None,
         extra: Sequence[str] = (),
@@ -88,14 +92,17 @@ class Qemu:
     ) -> None:
         self.machine = machine
         self.guest = guest or Guest.idle()
-        self.memory_size = memory_mib << 20
+        #: The blocks of guest RAM and their sizes, bytes.
+        self.memory_sizes = dict(memory or {"pc.ram": memory_mib << 20})
+        self.memory_size = sum(self.memory_sizes.values())
         self.guest.check_fits(self.memory_size)
         self.name = name
         self.timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._monitor: _Monitor | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="rdma-mig-qemu-", dir="/dev/shm"))
-        self.memory_path = self._directory / "pc.ram"
+        #: The files that the blocks of guest RAM are in.
+        self.memory_files = {name: self._directory / name for name in self.memory_sizes}
         self.serial_path = self._directory / "serial"
         self.stderr_path = self._directory / "stderr"
         try:
@@ -110,10 +117,11 @@ class Qemu:
         image.write_bytes(self.guest.image())
         self.serial_path.touch()
         self.stderr_path.touch()
-        with self.memory_path.open("wb") as memory:
-            memory.truncate(self.memory_size)
+        for name, path in self.memory_files.items():
+            with path.open("wb") as memory:
+                memory.truncate(self.memory_sizes[name])
         if owner:
-            for path in (self._directory, image, self.serial_path, self.memory_path):
+            for path in (self._directory, image, self.serial_path, *self.memory_files.values()):
                 os.chown(path, *owner)
 
     def _arguments(
@@ -121,12 +129,7 @@ class Qemu:
     ) -> list[str]:
         arguments = [
             qemu_binary(), "-nodefaults", "-no-user-config", "-display", "none", "-accel", accel,
-            "-machine", f"{self.machine},memory-backend=pc.ram",
-            "-m", f"{self.memory_size >> 20}M",
-            # The x- option keeps the block's usual name, pc.ram, which a machine without a file
-            # behind its RAM has too: what we write can be restored into that one as well.
-            "-object", f"memory-backend-file,id=pc.ram,size={self.memory_size},share=on,"
-            f"mem-path={self.memory_path},x-use-canonical-path-for-ramblock-id=off",
+            *self._memory_arguments(),
             # A floppy, because it starts on pc and on q35 alike, and a read-only one needs no lock
             # that the other end holds.
             "-drive", f"file={self._directory}/boot.img,format=raw,if=floppy,readonly=on",
@@ -137,6 +140,21 @@ class Qemu:
         if incoming is not None:
             arguments += ["-incoming", incoming]
         return [*arguments, *extra]
+
+    def _memory_arguments(self) -> list[str]:
+        names = list(self.memory_sizes)
+        one = f",memory-backend={names[0]}" if len(names) == 1 else ""
+        arguments = ["-machine", self.machine + one, "-m", f"{self.memory_size}B"]
+        for name, size in self.memory_sizes.items():
+            # The x- option keeps a block's plain name: pc.ram is that of a machine without a file
+            # behind its RAM too, so what we write can be restored into that one as well.
+            arguments += [
+                "-object", f"memory-backend-file,id={name},size={size},share=on,"
+                f"mem-path={self.memory_files[name]},x-use-canonical-path-for-ramblock-id=off",
+            ]  # fmt: skip
+            if not one:
+                arguments += ["-numa", f"node,memdev={name}"]
+        return arguments
 
     def _start(
         self, arguments: list[str], prefix: Sequence[str], owner: tuple[int, int] | None
@@ -396,9 +414,16 @@ class Qemu:
 
     # What is in its memory
 
-    def memory(self) -> FileBytes:
-        """Guest RAM, live: what it holds is still only while the guest is."""
-        return FileBytes(self.memory_path)
+    @property
+    def memory_path(self) -> Path:
+        """The file that guest RAM is in, where that is one file."""
+        (path,) = self.memory_files.values()
+        return path
+
+    def memory(self) -> Buffer:
+        """Guest RAM from guest-physical address 0 on, live: still only while the guest is."""
+        files = [FileBytes(path) for path in self.memory_files.values()]
+        return files[0] if len(files) == 1 else JoinedBytes(files)
 
     def pmemsave(self, address: int, size: int) -> bytes:
         """Read guest-physical memory as the guest's processor would see it."""

@@ -292,13 +292,19 @@ class Incoming(Command):
 
 
 def outgoing(
-    directory: Path, uri: str, *options: str, text: bool = False, timeout: float | None = None
+    directory: Path,
+    uri: str,
+    *options: str,
+    pin_all: bool = True,
+    text: bool = False,
+    timeout: float | None = None,
 ) -> Command:
-    """``rdma-migrate outgoing --rdma-pin-all``, started."""
-    json_option = [] if text else ["--json"]
-    return Command(
-        "outgoing", directory, uri, "--rdma-pin-all", *json_option, *options, timeout=timeout
-    )
+    """``rdma-migrate outgoing``, started; with ``--rdma-pin-all`` unless told otherwise."""
+    if pin_all:
+        options = ("--rdma-pin-all", *options)
+    if not text:
+        options = ("--json", *options)
+    return Command("outgoing", directory, uri, *options, timeout=timeout)
 
 
 # Migrations
@@ -373,12 +379,13 @@ _KEYS: dict[str, dict[str, type]] = {
 }  # fmt: skip
 
 
-def check_events(command: Command, took: float) -> dict[str, Any]:
+def check_events(command: Command, took: float, *, pin_all: bool = True) -> dict[str, Any]:
     """Check the whole ``--json`` output of a command that succeeded; return its last event.
 
     Args:
         command: what has ended.
         took: seconds since it was started.
+        pin_all: what it has to say about the registration of RAM.
     """
     events = command.events()
     for event in events:
@@ -401,7 +408,7 @@ def check_events(command: Command, took: float) -> dict[str, Any]:
     done = dict(events[-1])
     device, address = device_address()
     assert command.event("connected")["device"] == device
-    assert command.event("connected")["pin_all"] is True
+    assert command.event("connected")["pin_all"] is pin_all
     assert done["peer"].startswith(f"{address}:")
     assert done["bytes"] == done["pages"] * PAGE_SIZE
     assert 0 < done["nonzero_bytes"] <= done["bytes"]

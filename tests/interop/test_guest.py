@@ -30,6 +30,9 @@ from harness import (
     heartbeats_in,
     read_blocks,
 )
+from harness.files import FileBytes, JoinedBytes
+from matrix import MACHINES as MATRIX
+from support import MIB
 
 MACHINES = ["pc", "q35"]
 GUESTS = [Guest.idle(), Guest.dirtying(4)]
@@ -109,6 +112,18 @@ def test_differences_name_block_and_page(tmp_path):
         "pc.ram: 1 of 768 pages differ, the first at 0x123000, the last at 0x123000"
     ]
     assert len(differences({"a": left, "b": b""}, {"a": left[1:], "c": b""})) == 3
+
+
+def test_joined_files_are_read_as_one(tmp_path):
+    pieces = [b"abc", b"", b"defgh", b"i"]
+    for number, piece in enumerate(pieces):
+        tmp_path.joinpath(str(number)).write_bytes(piece)
+    joined = JoinedBytes([FileBytes(tmp_path / str(number)) for number in range(4)])
+    whole = b"".join(pieces)
+    assert len(joined) == len(whole)
+    for start in range(len(whole) + 1):
+        for stop in range(len(whole) + 3):
+            assert joined[start:stop] == whole[start:stop]
 
 
 # The guest, in a real QEMU
@@ -249,6 +264,25 @@ def test_every_ram_block_can_be_read(machine):
         assert next(data for name, data in blocks.items() if name.endswith("e1000.rom"))[:2] == (
             b"\x55\xaa"
         )
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", MATRIX)
+def test_ram_is_read_as_the_guest_sees_it(name):
+    """Whatever it is made of; the guest counts across the border of its blocks."""
+    guest, machine = Guest.dirtying(8), MATRIX[name]
+    sizes = machine.blocks(64 * MIB)
+    with Qemu(machine=machine.type, memory=sizes, guest=guest) as qemu:
+        qemu.wait_heartbeat(2)
+        qemu.stop()
+        blocks = read_blocks(qemu)
+        assert {name: len(blocks[name]) for name in sizes} == sizes
+        assert len(qemu.memory()) == sum(sizes.values())
+        guest_counters(qemu.memory(), guest)
+        border = next(iter(sizes.values())) if len(sizes) > 1 else 20 * MIB
+        assert guest.start < border < guest.end
+        around = slice(border - MIB, border + MIB)
+        assert qemu.memory()[around] == qemu.pmemsave(around.start, 2 * MIB)
 
 
 @pytest.mark.qemu

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest goes out of a QEMU onto disk, from there onto another disk, and into another QEMU.
 
-One scenario runs all three, on every machine and with every kind of guest, and compares every
-byte at each step.
+One scenario runs all three, with RAM registered at the start and as it is used, on every machine
+and with every kind of guest, and compares every byte at each step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness import (
     Guest,
     Qemu,
     differences,
-    fill_random,
+    fill_guest,
     free_port,
     guest_counters,
     heartbeats_in,
@@ -25,7 +25,10 @@ from harness import (
     snapshot_blocks,
 )
 from harness.files import Buffer
+from harness.qemu import FINAL_STATES
+from matrix import KINDS, MACHINES, MODES
 from support import (
+    MIB,
     Incoming,
     Size,
     check_events,
@@ -47,11 +50,18 @@ ROUNDS = 3
 
 @pytest.mark.deadline(240)
 @pytest.mark.parametrize("size", sizes())
-@pytest.mark.parametrize("kind", ["paused", "idle", "dirtying"])
-@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("mode", MODES)
 def test_guest_goes_out_and_comes_back(
-    machine: str, kind: str, size: Size, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str,
+    machine: str,
+    kind: str,
+    size: Size,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
+    pin_all = mode == "pin-all"
     guest = Guest.dirtying(size.dirty) if kind == "dirtying" else Guest.idle()
     paused = kind == "paused"
     first, second = tmp_path / "first", tmp_path / "second"
@@ -62,8 +72,9 @@ def test_guest_goes_out_and_comes_back(
         rom = tmp_path / f"{name}.rom"
         rom.write_bytes(b"\x55\xaa" + random.Random(name).randbytes(16384 - 2))
         return Qemu(
-            machine=machine, guest=guest, memory_mib=size.memory, name=name, paused=stopped,
-            extra=["-device", f"e1000,romfile={rom}"], incoming=incoming, timeout=patience(60),
+            machine=MACHINES[machine].type, memory=MACHINES[machine].blocks(size.memory * MIB),
+            guest=guest, name=name, paused=stopped, incoming=incoming,
+            extra=["-device", f"e1000,romfile={rom}"], timeout=patience(60),
         )  # fmt: skip
 
     began = time.monotonic()
@@ -75,11 +86,11 @@ def test_guest_goes_out_and_comes_back(
         qemu("destination", stopped=True, incoming=rdma_uri(port)) as dest,
     ):
         if paused:
-            fill_random(source.memory_path, size.memory, 0, source.memory_size)
+            fill_guest(source, seed=size.memory)
         else:
             source.wait_heartbeat(3)
-        migrate_out(source, into_first, dirtying=kind == "dirtying")
-        done = check_events(into_first.succeed(), time.monotonic() - began)
+        migrate_out(source, into_first, pin_all=pin_all, dirtying=kind == "dirtying")
+        done = check_events(into_first.succeed(), time.monotonic() - began, pin_all=pin_all)
         blocks = read_blocks(source)
         check_snapshot(first, blocks, done)
         if kind == "dirtying":
@@ -87,15 +98,15 @@ def test_guest_goes_out_and_comes_back(
 
         began = time.monotonic()
         with (
-            outgoing(first, into_second.uri) as to_second,
-            outgoing(first, rdma_uri(port)) as to_qemu,
+            outgoing(first, into_second.uri, pin_all=pin_all) as to_second,
+            outgoing(first, rdma_uri(port), pin_all=pin_all) as to_qemu,
         ):
             # In this process: starting another one takes longer than what it does.
             assert rdma_migrate(["inspect", "--verify", str(first)]) == 0
             assert "every byte agrees with its digest" in capsys.readouterr().out
-            check_events(to_qemu.succeed(), time.monotonic() - began)
-            check_events(to_second.succeed(), time.monotonic() - began)
-        check_events(into_second.succeed(), time.monotonic() - began)
+            for sender in (to_qemu, to_second):
+                check_events(sender.succeed(), time.monotonic() - began, pin_all=pin_all)
+        check_events(into_second.succeed(), time.monotonic() - began, pin_all=pin_all)
         assert into_second.event("completed")["path"] == str(second)
         equal = subprocess.run(
             ["diff", "-r", first, second], capture_output=True, text=True, check=False
@@ -104,22 +115,28 @@ def test_guest_goes_out_and_comes_back(
         check_arrived(source, dest, blocks, guest, runs=not paused)
 
 
-def migrate_out(source: Qemu, into: Incoming, *, dirtying: bool) -> None:
+def migrate_out(source: Qemu, into: Incoming, *, pin_all: bool, dirtying: bool) -> None:
     """Migrate, a dirtying guest in several rounds, and leave the source in postmigrate."""
-    source.set_capability("rdma-pin-all")
-    source.set_parameter("max-bandwidth", 0)
+    source.set_capability("rdma-pin-all", pin_all)
+    # Slow enough for the guest to write between two rounds, however fast the device is.
+    source.set_parameter("max-bandwidth", source.memory_size if dirtying else 0)
     if dirtying:
         # No device is fast enough to end within this, so there will be rounds on every one.
         source.set_parameter("downtime-limit", 1)
     source.migrate(into.uri)
     if dirtying:
-        source.wait(
-            f"{ROUNDS} rounds",
-            lambda: source.query_migrate().get("ram", {}).get("dirty-sync-count", 0) > ROUNDS,
-        )
+        source.wait(f"{ROUNDS} rounds", lambda: rounds(source) > ROUNDS)
+        source.set_parameter("max-bandwidth", 0)
         source.set_parameter("downtime-limit", 60000)
     source.wait_migration()
     assert source.wait_status("postmigrate") == "postmigrate"
+
+
+def rounds(source: Qemu) -> int:
+    """How often a migration that is under way has looked for dirty pages."""
+    state = source.query_migrate()
+    assert state["status"] not in FINAL_STATES, f"it did not wait for more rounds: {state}"
+    return int(state.get("ram", {}).get("dirty-sync-count", 0))
 
 
 def check_snapshot(directory: Path, blocks: dict[str, Buffer], done: dict[str, object]) -> None:

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import rdma_kit as kit
+import snapshot_kit
 
 from rdma_mig.errors import PeerGone, RemoteProtocolError
 from rdma_mig.wire.control import (
@@ -21,6 +26,7 @@ from rdma_mig.wire.stream import encode_hook, encode_section_end
 
 pytestmark = pytest.mark.rdma
 
+COMMAND = Path(sys.executable).with_name("rdma-migrate")
 DYNAMIC = b"\0\0\0\1\0\0\0\0"
 LENGTHS = [block.length for block in kit.BLOCKS]
 
@@ -153,6 +159,35 @@ def test_source_refuses_a_result_that_cannot_be(kept, reply, match):
         end.fail(RemoteProtocolError, match)
 
 
+def serve_phase(peer):
+    """Serve the phase that carries RAM; return the types of all messages in it."""
+    kinds = set()
+    while True:
+        peer.ready()
+        got = peer.receive()
+        kinds.add(got.type)
+        if got.type is ControlType.REGISTER_FINISHED:
+            return kinds
+        if got.type is ControlType.REGISTER_REQUEST:
+            asked = RegisterRecord.decode(got.payload)
+            block = peer.records[asked.block_index]
+            result = RegisterResult(block.rkey, block.host_address).encode()
+            peer.send(ControlMessage(ControlType.REGISTER_RESULT, result))
+
+
+CHUNK_BY_CHUNK = {
+    ControlType.REGISTER_REQUEST, ControlType.COMPRESS, ControlType.REGISTER_FINISHED,
+}  # fmt: skip
+
+
+def assert_arrived(kept, peer):
+    with kit.Snapshot.open(kept) as snapshot, kit.GuestRam(kit.BLOCKS) as ram:
+        for guest, received in zip(ram, peer.ram, strict=True):
+            snapshot.load_ram(guest.index, guest.memory, lambda: False)
+            with guest.memory.view() as sent, received.memory.view() as arrived:
+                assert sent == arrived, guest.block.idstr
+
+
 @pytest.mark.parametrize("granted", [kit.PLAIN, DYNAMIC])
 def test_source_that_did_not_ask_for_pin_all_registers_chunk_by_chunk(kept, granted):
     """Whatever the destination grants: the flag counts only where both ends have it."""
@@ -163,24 +198,38 @@ def test_source_that_did_not_ask_for_pin_all_registers_chunk_by_chunk(kept, gran
         peer = listener.accept(granted)
         assert listener.asked[7] & 1 == 0
         kit.until("in the last phase", kit.act_as_destination(peer))
-        kinds = set()
-        while True:
-            peer.ready()
-            got = peer.receive()
-            kinds.add(got.type)
-            if got.type is ControlType.REGISTER_FINISHED:
-                break
-            if got.type is ControlType.REGISTER_REQUEST:
-                asked = RegisterRecord.decode(got.payload)
-                block = peer.records[asked.block_index]
-                result = RegisterResult(block.rkey, block.host_address).encode()
-                peer.send(ControlMessage(ControlType.REGISTER_RESULT, result))
-        assert kinds == {
-            ControlType.REGISTER_REQUEST, ControlType.COMPRESS, ControlType.REGISTER_FINISHED,
-        }  # fmt: skip
-        with kit.Snapshot.open(kept) as snapshot, kit.GuestRam(kit.BLOCKS) as ram:
-            for guest, received in zip(ram, peer.ram, strict=True):
-                snapshot.load_ram(guest.index, guest.memory, lambda: False)
-                with guest.memory.view() as sent, received.memory.view() as arrived:
-                    assert sent == arrived, guest.block.idstr
+        assert serve_phase(peer) == CHUNK_BY_CHUNK
+        assert_arrived(kept, peer)
         end.migration.cancel()
+
+
+def test_refused_pin_all_falls_back_to_chunk_by_chunk_and_completes(kept):
+    """The operator is told, and the destination gets RAM, device state and description whole."""
+    after_ram = kit.SECTION_BREAK + snapshot_kit.STATE + kit.DESCRIPTION
+
+    def destination():
+        peer = listener.accept(DYNAMIC, 60)
+        assert listener.asked[7] & 1 == 1
+        kit.until("in the last phase", kit.act_as_destination(peer))
+        assert serve_phase(peer) == CHUNK_BY_CHUNK
+        stream = b""
+        while len(stream) < len(after_ram):
+            peer.ready()
+            stream += peer.expect(ControlType.QEMU_FILE)
+        assert stream == after_ram
+        assert_arrived(kept, peer)
+        peer.endpoint.close()  # as a QEMU does
+
+    with kit.RawListener() as listener:
+        served = kit.Worker(destination)
+        sent = subprocess.run(
+            [COMMAND, "outgoing", kept, listener.uri, "--rdma-pin-all"], check=False,
+            capture_output=True, text=True, timeout=kit.patience(60), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert sent.returncode == 0, sent.stderr
+        served.result()
+    warnings = [line for line in sent.stderr.splitlines() if line.startswith("rdma-migrate: ")]
+    assert len(warnings) == 1
+    refused = r"rdma-migrate: warning: \S+ refused rdma-pin-all: RAM is pinned as it is used"
+    assert re.fullmatch(refused, warnings[0])
+    assert "the destination loaded all device state" in sent.stdout

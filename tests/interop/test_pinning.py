@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Without pin-all, an end of ours pins the chunks that were asked for, and no others.
+
+How many were asked for says QEMU's trace, or which chunks of the snapshot hold data. What is
+pinned says the kernel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import Qemu, fill_random, free_port, snapshot_blocks
+from pins import ASKED, ASKING, PinWatch, chunks_in_trace, chunks_with_data, registered
+from support import MIB, Incoming, outgoing, patience, rdma_uri
+
+pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
+
+#: What an end may pin beside the chunks: its control buffers.
+BESIDE = 8 * MIB
+
+
+@pytest.mark.deadline(400)
+@pytest.mark.parametrize("memory", [64, pytest.param(1024, marks=pytest.mark.full)])
+def test_only_chunks_that_were_asked_for_are_pinned(memory: int, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with Incoming(first) as incoming, qemu(memory, "source", ASKING) as source:
+        source.wait_heartbeat(2)
+        # Low in RAM: behind it comes a long time in which nothing more is to be pinned.
+        fill_random(source.memory_path, 1, 16 * MIB, memory * MIB // 16)
+        with PinWatch(incoming.process.pid) as into_first:
+            held = migrate_with_a_pause(source, incoming)
+        asked = chunks_in_trace(source.stderr(), ASKING)
+        into_first.registered = max(into_first.registered, held)
+        assert held >= memory * MIB // 16
+    data = chunks_with_data(snapshot_blocks(first))
+    assert memory // 16 < data <= asked
+    check("incoming from QEMU", into_first, asked, memory)
+
+    uri = rdma_uri(free_port())
+    with (
+        qemu(memory, "destination", ASKED, paused=True, incoming=uri) as dest,
+        outgoing(first, uri, pin_all=False) as sender,
+        PinWatch(sender.process.pid) as to_qemu,
+    ):
+        sender.succeed()
+        asked = chunks_in_trace(dest.stderr(), ASKED)
+    assert asked == data
+    check("outgoing to QEMU", to_qemu, asked, memory)
+
+    with (
+        Incoming(second) as incoming,
+        PinWatch(incoming.process.pid) as into_second,
+        outgoing(first, incoming.uri, pin_all=False) as sender,
+        PinWatch(sender.process.pid) as to_second,
+    ):
+        sender.succeed()
+        incoming.succeed()
+    check("outgoing to ours", to_second, data, memory)
+    check("incoming from ours", into_second, data, memory)
+
+
+def qemu(memory: int, name: str, event: str, **options: object) -> Qemu:
+    """A QEMU with an idle guest that tells of one kind of event."""
+    return Qemu(
+        memory_mib=memory, name=name, extra=["-trace", event], timeout=patience(60), **options
+    )
+
+
+def migrate_with_a_pause(source: Qemu, into: Incoming) -> int:
+    """Migrate, and return what the destination has registered at the end of the rounds, bytes."""
+    source.set_capability("rdma-pin-all", False)
+    source.set_capability("pause-before-switchover")
+    source.set_parameter("max-bandwidth", 0)
+    source.migrate(into.uri)
+    source.wait(
+        "the end of the rounds", lambda: source.query_migrate()["status"] == "pre-switchover"
+    )
+    held = registered(into.process.pid)
+    source.qmp("migrate-continue", state="pre-switchover")
+    source.wait_migration()
+    into.succeed()
+    return held
+
+
+def check(who: str, watch: PinWatch, chunks: int, memory: int) -> None:
+    """Compare what was pinned with the number of chunks asked for, of ``memory`` of them."""
+    shown = (
+        f"{who}: at most {watch.pinned / MIB:.1f} MiB pinned and {watch.registered / MIB:.1f} MiB "
+        f"registered, {chunks} chunks asked for, {memory} MiB of guest RAM"
+    )
+    print(shown)
+    assert watch.pinned <= chunks * MIB + BESIDE, shown
+    assert watch.registered <= chunks * MIB + BESIDE, shown
+    # A measurement that saw too little saw nothing; the chunks of ROMs are shorter than others.
+    assert watch.pinned >= chunks * MIB // 2, shown
+    # What is zero was not pinned, and is far more.
+    assert (memory - chunks) * MIB > 3 * watch.pinned, shown
