@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.migration.rdma import RdmaOptions, rdma_start_incoming_migration
     from rdma_mig.migration.receive import SnapshotDestination
     from rdma_mig.migration.state import Migration
+    from rdma_mig.verbs.endpoint import EndpointOptions
     from rdma_mig.wire.address import RdmaAddress
 
     # Before anything is made on disk: what is wrong with the command line itself.
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
                     total_seconds=args.timeout,
                     stall_seconds=args.stall_timeout,
                     accept_seconds=args.accept_timeout,
+                    endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
                 ),
             )
 

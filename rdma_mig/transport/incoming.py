@@ -15,6 +15,7 @@ from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel, TransportLimits
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.listener import Listener
+from rdma_mig.verbs.route import Route, route_of
 from rdma_mig.waits import Cancel, Deadline
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
@@ -49,6 +50,10 @@ class IncomingListener:
         cancel: ends every wait.
         options: sizes and limits of the connection.
 
+    Attributes:
+        address: as bound.
+        device: name of the device that it belongs to; empty where it is every address.
+
     Raises:
         HostError: this host cannot listen there.
     """
@@ -56,6 +61,7 @@ class IncomingListener:
     def __init__(self, address: RdmaAddress, cancel: Cancel, options: EndpointOptions) -> None:
         self._listener = Listener(address.host, address.port, cancel, options)
         self.address = RdmaAddress(*self._listener.address)
+        self.device = self._listener.device
 
     def accept(self, deadline: Deadline, limits: TransportLimits) -> RdmaIncoming:
         """Wait for a source and accept it; nobody else is taken afterwards.
@@ -117,6 +123,11 @@ class RdmaIncoming:
     def device(self) -> str:
         """Name of the verbs device that the connection uses."""
         return self._endpoint.device
+
+    @property
+    def route(self) -> Route:
+        """Where the connection runs."""
+        return route_of(self._endpoint.cmid)
 
     @property
     def disconnected(self) -> bool:

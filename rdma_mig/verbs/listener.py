@@ -11,6 +11,7 @@ from typing import Any
 from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationError
 from rdma_mig.verbs import addresses
+from rdma_mig.verbs.choice import Choice
 from rdma_mig.verbs.endpoint import RNR_RETRY_FOREVER, Endpoint, EndpointOptions
 from rdma_mig.verbs.events import (
     CONNECT_REQUEST,
@@ -36,6 +37,7 @@ class Listener(Closing):
 
     Attributes:
         address: (host, port) as bound.
+        device: name of the device that the address belongs to; empty where it is every address.
 
     Raises:
         HostError: no device, no such address, port taken.
@@ -52,6 +54,7 @@ class Listener(Closing):
         self._accepted = False
         self._cmid: Any = None
         try:
+            self._choice = Choice.of(options.device, options.gid_index)
             deadline = Deadline.after(options.connect_seconds)
             candidates = addresses.resolve(host, port, cancel, deadline)
             failure: HostError | None = None
@@ -59,7 +62,12 @@ class Listener(Closing):
                 try:
                     self._cmid = CMID(creator=self.events.raw)
                     self._verbs.bind_address(self._cmid, addresses.pack(candidate))
+                    self._choice.check_listening(self._cmid, candidate[1])
                     self._cmid.listen(5)
+                except HostError as error:
+                    failure = error
+                    self.stop()
+                    continue
                 except (OSError, self.events._error) as error:
                     failure = _bind_error(error, host, port)
                     self.stop()
@@ -71,6 +79,7 @@ class Listener(Closing):
             bound = addresses.unpack(self._verbs.local_address(self._cmid))
             assert bound is not None
             self.address: tuple[str, int] = (bound[1], bound[2])
+            self.device: str = self._verbs.device_name(self._cmid)
         except BaseException:
             self.close()
             raise
@@ -108,6 +117,13 @@ class Listener(Closing):
         request = event.request
         peer = addresses.describe(self._verbs.peer_address(request))
         try:
+            unwanted = self._choice.why_not(request)
+        except OSError:
+            unwanted = "gone meanwhile"
+        if unwanted:
+            self.events.turn_away(request, unwanted.encode("ascii", "replace")[:147])
+            return None
+        try:
             reply = answer(event.private_data, peer)
         except MigrationError as error:
             self.events.turn_away(request, str(error).encode("ascii", "replace")[:147])
@@ -120,8 +136,8 @@ class Listener(Closing):
             endpoint.private_data = event.private_data
             endpoint.ready_to_receive()
             parameters = ConnParam(
-                resources=0,
-                depth=0,
+                resources=endpoint.read_depth,
+                depth=endpoint.read_depth,
                 rnr_retry=RNR_RETRY_FOREVER,
                 qp_num=endpoint.qp_number,
                 data_len=len(reply),
