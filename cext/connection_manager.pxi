@@ -112,6 +112,37 @@ def peer_address(cmid) -> bytes:
     return sockaddr_bytes(rdma_get_peer_addr(id_handle(cmid)))
 
 
+def device_name(cmid) -> str:
+    """The device that the identifier is bound to; empty where it is bound to none yet."""
+    cdef rdma_cm_id *raw = id_handle(cmid)
+    if raw.verbs == NULL:
+        return ""
+    return ibv_get_device_name(raw.verbs.device).decode()
+
+
+def source_gid(cmid) -> bytes:
+    """The 16 bytes of the GID that stands for this end of the connection."""
+    cdef rdma_cm_id *raw = id_handle(cmid)
+    return (<char *> raw.source_gid.raw)[:16]
+
+
+def path_attributes(cmid) -> tuple:
+    """Return (GID index, path MTU in bytes) that the connection's queue pair is given.
+
+    Known once the peer's request or reply has arrived. Each is None where the connection has no
+    such thing: iWARP runs over TCP, and InfiniBand within one subnet needs no GID.
+    """
+    cdef ibv_qp_attr attributes
+    cdef int mask = 0
+    memset(&attributes, 0, sizeof(attributes))
+    attributes.qp_state = IBV_QPS_RTR
+    check(rdma_init_qp_attr(id_handle(cmid), &attributes, &mask), "rdma_init_qp_attr")
+    index = attributes.sgid_index if mask & IBV_QP_AV and attributes.is_global else None
+    # enum ibv_mtu: 1 is 256 bytes, and each further one doubles it.
+    mtu = 128 << attributes.path_mtu if mask & IBV_QP_PATH_MTU else None
+    return index, mtu
+
+
 def max_message_size(context, uint8_t port) -> int:
     """Largest single message or write that the port takes, bytes."""
     cdef ibv_port_attr attributes

@@ -8,6 +8,7 @@ cdef extern from "<infiniband/verbs.h>" nogil:
     enum: IBV_ACCESS_LOCAL_WRITE
     enum: IBV_ACCESS_REMOTE_WRITE
     enum: IBV_SEND_SIGNALED
+    enum: IBV_WR_RDMA_READ
     enum: IBV_WR_RDMA_WRITE
     enum: IBV_WR_SEND
     enum: IBV_WC_SUCCESS
@@ -17,8 +18,17 @@ cdef extern from "<infiniband/verbs.h>" nogil:
     enum: IBV_QPS_RTS
     enum: IBV_QPS_ERR
     enum: IBV_QP_STATE
+    enum: IBV_QP_AV
+    enum: IBV_QP_PATH_MTU
+
+    union ibv_gid:
+        uint8_t raw[16]
+
+    struct ibv_device:
+        pass
 
     struct ibv_context:
+        ibv_device *device
         int cmd_fd
         int async_fd
 
@@ -45,6 +55,9 @@ cdef extern from "<infiniband/verbs.h>" nogil:
 
     struct ibv_qp_attr:
         int qp_state
+        int path_mtu
+        uint8_t is_global "ah_attr.is_global"
+        uint8_t sgid_index "ah_attr.grh.sgid_index"
         uint8_t rnr_retry
 
     struct ibv_sge:
@@ -87,6 +100,7 @@ cdef extern from "<infiniband/verbs.h>" nogil:
     int ibv_get_cq_event(ibv_comp_channel *channel, ibv_cq **cq, void **context)
     void ibv_ack_cq_events(ibv_cq *cq, unsigned int events)
     int ibv_modify_qp(ibv_qp *qp, ibv_qp_attr *attr, int mask)
+    const char *ibv_get_device_name(ibv_device *device)
     int ibv_query_port(ibv_context *context, uint8_t port, ibv_port_attr *attr)
     const char *ibv_wc_status_str(int status)
 
@@ -110,6 +124,7 @@ cdef extern from "<rdma/rdma_cma.h>" nogil:
         ibv_qp *qp
         int ps
         uint8_t port_num
+        ibv_gid source_gid "route.addr.addr.ibaddr.sgid"
 
     struct rdma_cm_event:
         rdma_cm_id *id

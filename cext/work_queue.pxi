@@ -76,6 +76,9 @@ cdef class WorkQueue:
             key and no receive (InfiniBand specification, C9-88) and fails when the peer's host or
             process is gone. 0: none.
         silence_ms: a probe that is not answered for so long ends the wait with SILENT.
+        iwarp: a request completes when TCP has taken it, whether or not the peer still lives. So the
+            probe is a zero-length read there, which only the peer can complete, and requests of
+            which none completes for probe_ms + silence_ms end the wait as well.
     """
 
     cdef object keep
@@ -98,6 +101,7 @@ cdef class WorkQueue:
     cdef int64_t silence_ns
     cdef int64_t probe_sent
     cdef int64_t last_sign
+    cdef bint iwarp
     cdef int received_slot[MAX_SLOTS]
     cdef uint32_t received_length[MAX_SLOTS]
     cdef int received_first
@@ -111,7 +115,8 @@ cdef class WorkQueue:
     cdef readonly uint64_t completions
 
     def __init__(self, qp, cq, *, int cm_fd, int cancel_fd, MemoryRegion region not None,
-                 int slots, uint32_t slot_size, uint32_t depth, int probe_ms, int silence_ms):
+                 int slots, uint32_t slot_size, uint32_t depth, int probe_ms, int silence_ms,
+                 bint iwarp=False):
         if self.qp_wrapper != NULL:
             raise ValueError("this work queue has been set up already")
         if not 1 <= slots <= MAX_SLOTS:
@@ -141,6 +146,7 @@ cdef class WorkQueue:
         self.probe_ns = <int64_t> probe_ms * 1000000
         self.silence_ns = <int64_t> silence_ms * 1000000
         self.last_sign = monotonic_ns()
+        self.iwarp = iwarp
         self.cq_wrapper = <rdma_mig_handle *> <PyObject *> cq
         self.qp_wrapper = <rdma_mig_handle *> <PyObject *> qp
 
@@ -199,6 +205,8 @@ cdef class WorkQueue:
         cdef ibv_send_wr *bad
         if not self.is_open():
             return EBADF
+        if self.iwarp and self.writes_outstanding == 0 and self.sends_outstanding == 0:
+            self.last_sign = monotonic_ns()  # its silence counts from the first request on
         memset(&wr, 0, sizeof(wr))
         wr.wr_id = <uint64_t> kind << KIND_SHIFT
         wr.sg_list = sge
@@ -304,18 +312,33 @@ cdef class WorkQueue:
 
     cdef int64_t probe(self, int64_t now) noexcept nogil:
         """Look after liveness; return the time to look again, 0 for never, -1 for silence."""
+        cdef ibv_sge nowhere
+        cdef int posted
         if self.probe_ns == 0:
             return 0
         if self.probe_outstanding:
             if now - self.probe_sent >= self.silence_ns:
                 return -1
             return self.probe_sent + self.silence_ns
-        # A request that is under way is as good as a probe: it completes or fails.
+        # A request that is under way is as good as a probe: it completes or fails. Over TCP it may
+        # do neither for a quarter of an hour.
         if self.writes_outstanding or self.sends_outstanding:
-            return now + self.probe_ns
+            if not self.iwarp:
+                return now + self.probe_ns
+            if now - self.last_sign >= self.probe_ns + self.silence_ns:
+                return -1
+            return self.last_sign + self.probe_ns + self.silence_ns
         if now - self.last_sign < self.probe_ns:
             return self.last_sign + self.probe_ns
-        if self.post(KIND_PROBE, NULL, 0, IBV_WR_RDMA_WRITE, 0, 0) == 0:
+        if self.iwarp:
+            # Providers want an entry of our own memory, be it empty.
+            nowhere.addr = self.region.address
+            nowhere.length = 0
+            nowhere.lkey = self.region.mr.lkey
+            posted = self.post(KIND_PROBE, &nowhere, 1, IBV_WR_RDMA_READ, 0, 0)
+        else:
+            posted = self.post(KIND_PROBE, NULL, 0, IBV_WR_RDMA_WRITE, 0, 0)
+        if posted == 0:
             self.probe_outstanding = True
             self.probe_sent = now
         return now + self.silence_ns

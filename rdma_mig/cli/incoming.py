@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.migration.rdma import RdmaOptions, rdma_start_incoming_migration
     from rdma_mig.migration.receive import SnapshotDestination
     from rdma_mig.migration.state import Migration
+    from rdma_mig.verbs.endpoint import EndpointOptions
     from rdma_mig.wire.address import RdmaAddress
 
     # Before anything is made on disk: what is wrong with the command line itself.
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
                     stall_seconds=args.stall_timeout,
                     accept_seconds=args.accept_timeout,
                     allow=tuple(args.allow),
+                    endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
                 ),
             )
 

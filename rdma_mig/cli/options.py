@@ -8,7 +8,7 @@ import ipaddress
 import math
 import re
 
-__all__ = ["add_common", "network", "seconds", "size"]
+__all__ = ["add_common", "index", "network", "seconds", "size"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -43,8 +43,27 @@ def seconds(text: str) -> float:
     return value
 
 
+def index(text: str) -> int:
+    """Parse an index into a table: a number from 0."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5):
+        raise argparse.ArgumentTypeError(f"{text[:32]!r} is no index: it is a number from 0")
+    return int(text)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add limits and output options."""
+    """Add the choice of a device, limits and output options."""
+    device = parser.add_argument_group("device, where this host has several")
+    device.add_argument(
+        "--rdma-device",
+        metavar="NAME",
+        help="connect over this device, and over no other (rdma link show names them)",
+    )
+    device.add_argument(
+        "--gid-index",
+        type=index,
+        metavar="N",
+        help="connect with this GID of the device, that is, with this of its IP addresses",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--timeout",

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.state import Migration
     from rdma_mig.snapshot import Snapshot
+    from rdma_mig.verbs.choice import Choice
+    from rdma_mig.verbs.endpoint import EndpointOptions
     from rdma_mig.verbs.host import require_lockable, require_rdma
     from rdma_mig.verbs.loading import load
     from rdma_mig.wire.address import RdmaAddress
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         # Reading a large snapshot takes long: what this host lacks is said before.
         require_rdma()
         load()
+        Choice.of(args.rdma_device, args.gid_index)
         if args.rdma_pin_all:
             # A QEMU destination does not survive a source that gives up on it.
             total = sum(block.length for block in snapshot.blocks)
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
                     return_path=args.return_path,
                     total_seconds=args.timeout,
                     stall_seconds=args.stall_timeout,
+                    endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
                 ),
             )
 

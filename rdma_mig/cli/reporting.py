@@ -122,6 +122,7 @@ class Reporter:
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
                 self._note(f"connected with {event.peer} over {event.device}, {pinned}")
+                self._note(f"route: {event.route()}")
             case Warned():
                 print(f"rdma-migrate: warning: {event.message}", file=sys.stderr, flush=True)
             case Progress() if not self._quiet:

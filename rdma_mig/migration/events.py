@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from rdma_mig.verbs.route import Route
 
 __all__ = ["Completed", "Connected", "Listening", "MigrationEvent", "Progress", "Warned"]
 
@@ -30,12 +33,39 @@ class Listening(MigrationEvent):
 
 @dataclass(frozen=True, slots=True)
 class Connected(MigrationEvent):
-    """The connection is up: with whom, over which device, with which registration."""
+    """The connection is up: with whom, over which device, with which registration.
+
+    Attributes:
+        peer, local: HOST:PORT of the other end and of this one.
+        device, port: this end's verbs device, and its port from 1.
+        transport: "RoCE v2", "RoCE v1", "InfiniBand" or "iWARP".
+        gid_index, gid: this end's GID; None where the transport needs none (iWARP).
+        mtu: bytes of RAM that one packet carries at most; None on iWARP, where TCP decides.
+        pin_all: both ends pin all RAM at the start.
+    """
 
     event: ClassVar[str] = "connected"
     peer: str
     device: str
     pin_all: bool
+    local: str
+    port: int
+    transport: str
+    gid_index: int | None
+    gid: str | None
+    mtu: int | None
+
+    @classmethod
+    def over(cls, route: Route, *, pin_all: bool) -> Connected:
+        """Tell of a connection that runs there."""
+        return cls(pin_all=pin_all, **asdict(route))
+
+    def route(self) -> str:
+        """Return where the connection runs, in words."""
+        words = f"{self.local} to {self.peer} over {self.device} port {self.port}, {self.transport}"
+        if self.gid is not None:
+            words += f", GID {self.gid_index} ({self.gid})"
+        return f"{words}, MTU {self.mtu}" if self.mtu else words
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.host import require_rdma
 from rdma_mig.verbs.loading import load
+from rdma_mig.verbs.route import is_ethernet
 from rdma_mig.waits import Deadline
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
@@ -99,6 +100,13 @@ def rdma_start_incoming_migration(
     guard = _guard(migration, options.allow)
     listener = IncomingListener(address, migration.cancellation, options.endpoint, guard)
     try:
+        if _quarrels_with_qemu(listener):
+            migration.emit(
+                Warned(
+                    f"a QEMU up to 10.0 refuses IPv6 on RoCE and cannot connect to "
+                    f"{listener.address}: for one, listen at an IPv4 address"
+                )
+            )
         migration.emit(Listening(str(listener.address)))
         if guard is None and ipaddress.ip_address(listener.address.host).is_unspecified:
             migration.emit(
@@ -131,6 +139,11 @@ def _guard(migration: Migration, allow: tuple[str, ...]) -> Callable[[str], str]
     return guard
 
 
+def _quarrels_with_qemu(listener: IncomingListener) -> bool:
+    """Whether it listens at an IPv6 address of an Ethernet device, and only there."""
+    return ":" in listener.address.host and bool(listener.device) and is_ethernet(listener.device)
+
+
 def _incoming(
     migration: Migration,
     listener: IncomingListener,
@@ -144,7 +157,7 @@ def _incoming(
         )
         try:
             migration.state.status = MigrationStatus.ACTIVE
-            migration.emit(Connected(transport.peer, transport.device, transport.pin_all))
+            migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
             process(migration, QEMUFile(transport, transport), transport)
         except MigrationError:
             transport.abort()
@@ -204,7 +217,7 @@ def _outgoing(
     )
     try:
         migration.state.status = MigrationStatus.ACTIVE
-        migration.emit(Connected(transport.peer, transport.device, transport.pin_all))
+        migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
         if options.pin_all and not transport.pin_all:
             migration.emit(
                 Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used")

@@ -18,6 +18,7 @@ from rdma_mig.transport.control import ControlChannel, TransportLimits
 from rdma_mig.transport.return_path import ReturnPathWriter
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.listener import Listener
+from rdma_mig.verbs.route import Route, route_of
 from rdma_mig.waits import Cancel, Deadline
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
@@ -54,6 +55,10 @@ class IncomingListener:
         options: sizes and limits of the connection.
         guard: says of a client's numeric host why it is not served; None to serve everybody.
 
+    Attributes:
+        address: as bound.
+        device: name of the device that it belongs to; empty where it is every address.
+
     Raises:
         HostError: this host cannot listen there.
     """
@@ -67,6 +72,7 @@ class IncomingListener:
     ) -> None:
         self._listener = Listener(address.host, address.port, cancel, options, guard)
         self.address = RdmaAddress(*self._listener.address)
+        self.device = self._listener.device
 
     def accept(self, deadline: Deadline, limits: TransportLimits) -> RdmaIncoming:
         """Wait for a source and accept it; afterwards only its return path is taken.
@@ -152,6 +158,11 @@ class RdmaIncoming:
     def device(self) -> str:
         """Name of the verbs device that the connection uses."""
         return self._endpoint.device
+
+    @property
+    def route(self) -> Route:
+        """Where the connection runs."""
+        return route_of(self._endpoint.cmid)
 
     @property
     def disconnected(self) -> bool:

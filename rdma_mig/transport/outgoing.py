@@ -27,6 +27,7 @@ from rdma_mig.transport.return_path import ReturnPathReader
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.loading import load
+from rdma_mig.verbs.route import Route, route_of
 from rdma_mig.waits import Cancel
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
@@ -176,6 +177,11 @@ class RdmaOutgoing:
     def device(self) -> str:
         """Name of the verbs device that the connection uses."""
         return self._endpoint.device
+
+    @property
+    def route(self) -> Route:
+        """Where the connection runs."""
+        return route_of(self._endpoint.cmid)
 
     @property
     def bytes_written(self) -> int:

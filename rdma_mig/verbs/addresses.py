@@ -42,7 +42,9 @@ def unpack(raw: bytes) -> SockAddr | None:
     (port,) = struct.unpack_from(">H", raw, 2)
     if family == socket.AF_INET:
         return family, socket.inet_ntoa(raw[4:8]), port
-    return family, socket.inet_ntop(socket.AF_INET6, raw[8:24]), port
+    name = socket.inet_ntop(socket.AF_INET6, raw[8:24])
+    (index,) = struct.unpack_from("=I", raw, 24) if len(raw) >= 28 else (0,)
+    return family, f"{name}%{socket.if_indextoname(index)}" if index else name, port
 
 
 def describe(raw: bytes) -> str:
@@ -75,7 +77,7 @@ def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[So
     of its own, which is left behind when the caller cannot wait for it.
 
     Raises:
-        HostError: the name does not resolve.
+        HostError: the name does not resolve, or resolves to every address of a host.
         MigrationTimeout: it did not within the deadline.
         MigrationCancelled: it was cancelled.
     """
@@ -109,4 +111,13 @@ def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[So
             f"the name {host} does not resolve: {result.strerror or result}",
             remedy=f"check it with: getent hosts {host}",
         )
-    return result
+    for _family, address, _port in result:
+        # Only what was written as such listens everywhere, and a host is none of it.
+        if address in ("0.0.0.0", "::") and host != address:
+            raise HostError(
+                f"the name {host} resolves to {address}, which is no host's address",
+                remedy=f"check it with: getent ahosts {host}; to listen everywhere write 0.0.0.0 "
+                "or [::]",
+            )
+    # The resolver of the C library answers once for each protocol that it knows.
+    return list(dict.fromkeys(result))

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from rdma_mig.errors import HostError, MigrationError, PeerGone
+import errno
+import socket
+from collections.abc import Iterator
+
+from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGone
 from rdma_mig.verbs import addresses
+from rdma_mig.verbs.choice import Choice
 from rdma_mig.verbs.endpoint import RNR_RETRY_FOREVER, Endpoint, EndpointOptions
 from rdma_mig.verbs.events import (
     ADDR_ERROR,
     ADDR_RESOLVED,
     CONNECT_RESPONSE,
+    ESTABLISHED,
     ROUTE_RESOLVED,
     Event,
     EventChannel,
     event_error,
+    nobody_listens,
 )
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
@@ -48,21 +55,67 @@ def connect(
     deadline = Deadline.after(options.connect_seconds)
     events = EventChannel()
     try:
-        candidates = addresses.resolve(host, port, cancel, deadline)
-        failure: MigrationError | None = None
-        for candidate in candidates:
+        choice = Choice.of(options.device, options.gid_index)
+        found = addresses.resolve(host, port, cancel, deadline)
+        ways = list(_ways(found, choice))
+        failures: list[MigrationError] = []
+        for number, (candidate, source) in enumerate(ways):
+            # What does not answer may not use up the time of those behind it.
+            limit = Deadline.after((deadline.remaining or 0) / (len(ways) - number))
             try:
-                return _connect_to(candidate, events, private_data, cancel, options, deadline)
-            except (HostError, PeerGone) as error:
-                failure = failure or error
-        raise failure or HostError(f"{host} has no address")
+                if isinstance(source, HostError):
+                    raise source
+                return _connect_to(
+                    candidate, source, choice, events, private_data, cancel, options, limit
+                )
+            except (HostError, PeerGone, MigrationTimeout) as error:
+                failures.append(_with_advice(error, candidate))
+        raise _all_failed(host, failures)
     except BaseException:
         events.close()
         raise
 
 
+_Source = addresses.SockAddr | HostError | None
+
+
+def _ways(
+    found: list[addresses.SockAddr], choice: Choice
+) -> Iterator[tuple[addresses.SockAddr, _Source]]:
+    """Each address of the peer's, with each address of ours to reach it from."""
+    for candidate in found:
+        try:
+            for source in choice.sources(candidate):
+                yield candidate, source
+        except HostError as error:
+            yield candidate, error
+
+
+def _with_advice(error: MigrationError, candidate: addresses.SockAddr) -> MigrationError:
+    """Say what an IPv6 address may have to do with it."""
+    if candidate[0] == socket.AF_INET6:
+        advice = "if that is a QEMU, give its IPv4 address: up to 10.0 it refuses IPv6 on RoCE"
+        error.remedy = f"{error.remedy}; {advice}" if error.remedy else advice
+    return error
+
+
+def _all_failed(host: str, failures: list[MigrationError]) -> MigrationError:
+    """One error for all addresses that were tried: of the kind that came farthest."""
+    for kind in (PeerGone, MigrationTimeout, HostError):
+        best = [failure for failure in failures if type(failure) is kind]
+        if not best:
+            continue
+        told = list(dict.fromkeys(failure.message for failure in failures))
+        if len(told) > 1:
+            best[0].message = f"no way to {host} is left: {' - '.join(told)}"
+        return best[0]
+    return HostError(f"{host} has no address")
+
+
 def _connect_to(
     candidate: addresses.SockAddr,
+    source: addresses.SockAddr | None,
+    choice: Choice,
     events: EventChannel,
     private_data: bytes,
     cancel: Cancel,
@@ -75,6 +128,7 @@ def _connect_to(
     packed = addresses.pack(candidate)
     peer = addresses.describe(packed)
     cmid = CMID(creator=events.raw)
+    number = verbs.identifier(cmid)
     endpoint: Endpoint | None = None
 
     def expect(wanted: int, doing: str) -> Event:
@@ -88,18 +142,20 @@ def _connect_to(
 
     try:
         try:
-            verbs.resolve_address(cmid, None, packed, milliseconds())
+            ours = None if source is None else addresses.pack(source)
+            verbs.resolve_address(cmid, ours, packed, milliseconds())
         except OSError as error:
             raise event_error(
                 Event(ADDR_ERROR, -(error.errno or 0), 0, b""), "resolving", peer
             ) from error
         expect(ADDR_RESOLVED, "resolving the address")
+        choice.check_source(cmid, peer)
         cmid.resolve_route(milliseconds())
         expect(ROUTE_RESOLVED, "resolving the route")
         endpoint = Endpoint(cmid, events, cancel, options)
         parameters = ConnParam(
-            resources=0,
-            depth=0,
+            resources=endpoint.read_depth,
+            depth=endpoint.read_depth,
             retry=_RETRY,
             rnr_retry=RNR_RETRY_FOREVER,
             qp_num=endpoint.qp_number,
@@ -107,12 +163,15 @@ def _connect_to(
         )
         parameters.set_private_data(private_data)
         cmid.connect(parameters)
-        event = expect(CONNECT_RESPONSE, "connecting")
+        # An iWARP provider completes the handshake by itself.
+        event = expect(ESTABLISHED if endpoint.iwarp else CONNECT_RESPONSE, "connecting")
         endpoint.private_data = event.private_data
         endpoint.peer = peer
+        choice.check_path(cmid, peer)
         try:
             endpoint.ready_to_receive()
-            cmid.establish()
+            if not endpoint.iwarp:
+                cmid.establish()
         except (OSError, events._error) as error:
             raise PeerGone(f"{peer} accepted the connection and ended it again") from error
         endpoint.established()
@@ -120,9 +179,11 @@ def _connect_to(
         endpoint.owns_events()
         return endpoint
     except (OSError, events._error) as error:
+        if getattr(error, "error_code", None) == errno.ECONNREFUSED:
+            # iWARP: TCP connects within the call.
+            raise nobody_listens(peer) from error
         raise HostError(f"connecting to {peer} failed: {error}") from error
     finally:
-        if endpoint is None:
-            cmid.close()
-        elif not endpoint.is_connected:
-            endpoint.close()
+        if endpoint is None or not endpoint.is_connected:
+            (endpoint or cmid).close()
+            events.drop(number)

@@ -27,6 +27,7 @@ from rdma_mig.errors import (
 from rdma_mig.verbs import addresses
 from rdma_mig.verbs.host import explain_registration
 from rdma_mig.verbs.loading import load
+from rdma_mig.verbs.route import is_iwarp
 from rdma_mig.waits import Cancel, Deadline
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ RNR_RETRY_FOREVER = 7
 _STATUS_RETRY_EXCEEDED = 12
 _STATUS_RNR_RETRY_EXCEEDED = 13
 _STATUS_REMOTE_ACCESS = 10
+_STATUS_FLUSHED = 5
+
+# How long the event may take that goes with flushed requests.
+_EVENT_SECONDS = 0.5
 
 
 class Holder(Protocol):
@@ -63,6 +68,7 @@ class EndpointOptions:
         connect_seconds: limit on resolving, connecting and accepting, together.
         probe_seconds: silence after which a liveness probe is sent.
         silence_seconds: how long a probe may go unanswered.
+        device, gid_index: which device of this host, and which of its GIDs; None for any.
     """
 
     slots: int = 4
@@ -71,6 +77,8 @@ class EndpointOptions:
     connect_seconds: float = 10.0
     probe_seconds: float = 3.0
     silence_seconds: float = 11.0
+    device: str | None = None
+    gid_index: int | None = None
 
 
 class Endpoint(Closing):
@@ -80,6 +88,7 @@ class Endpoint(Closing):
         peer: HOST:PORT of the other end, for messages.
         local: HOST:PORT of this end.
         device: name of the verbs device.
+        iwarp: it is one of iWARP: the provider moves the queue pair, and speaks over TCP.
         private_data: what the other end sent with its request or reply; padded by the transport.
         queue: posts and waits without the GIL.
     """
@@ -119,8 +128,8 @@ class Endpoint(Closing):
             if cmid.context is None:
                 Context(cmid=cmid)
             context = cmid.context
-            name = cmid.dev_name or self.device
-            self.device = name.decode() if isinstance(name, bytes) else name
+            self.device = verbs.device_name(cmid)
+            self.iwarp = is_iwarp(self.device)
             self.max_message = verbs.max_message_size(context, verbs.port_number(cmid))
             self._pd = PD(context)
             self._closing.callback(self._pd.close)
@@ -154,6 +163,7 @@ class Endpoint(Closing):
                 depth=options.depth,
                 probe_ms=int(options.probe_seconds * 1000),
                 silence_ms=int(options.silence_seconds * 1000),
+                iwarp=self.iwarp,
             )
             for slot in range(options.slots):
                 self.queue.post_receive(slot)
@@ -182,6 +192,8 @@ class Endpoint(Closing):
 
     def ready_to_receive(self) -> None:
         """Move the queue pair to RTR and RTS; the peer's parameters must have arrived."""
+        if self.iwarp:
+            return  # done by the provider, within connect and accept
         # INIT once more: before the connection is under way, the connection manager knows no
         # access flags, and a queue pair without them answers a liveness probe with an error.
         self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_INIT)
@@ -191,6 +203,14 @@ class Endpoint(Closing):
     def established(self) -> None:
         """Both ends have agreed: from now on close() disconnects first."""
         self._connected = True
+
+    @property
+    def read_depth(self) -> int:
+        """RDMA reads that may be under way at one time, either way.
+
+        None but on iWARP, where a liveness probe is one: nothing else there comes back from a peer.
+        """
+        return 1 if self.iwarp else 0
 
     @property
     def is_connected(self) -> bool:
@@ -290,6 +310,10 @@ class Endpoint(Closing):
 
     def _raise(self, outcome: int, doing: str, deadline: Deadline) -> None:
         verbs = self._verbs
+        failed = self.queue.failure
+        if self.iwarp and failed is not None and failed[1] == _STATUS_FLUSHED:
+            # Requests are flushed there before the event comes that says why.
+            self.wait_disconnected(_EVENT_SECONDS)
         if self._device_removed:
             raise HostError(
                 f"the RDMA device {self.device} was removed; awaited was {doing}",

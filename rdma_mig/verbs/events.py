@@ -16,7 +16,7 @@ from rdma_mig.verbs.host import devices, require_rdma
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 
-__all__ = ["Event", "EventChannel", "event_error"]
+__all__ = ["Event", "EventChannel", "event_error", "nobody_listens"]
 
 # enum rdma_cm_event_type (rdma_cma.h).
 ADDR_RESOLVED = 0
@@ -110,6 +110,10 @@ class EventChannel:
     def listen_on(self, cmid: Any) -> None:
         """Connection requests to this CMID become events with a CMID of their own."""
         self._listener = cmid
+
+    def drop(self, identifier: int) -> None:
+        """That CMID is closed: forget what was heard of it, since its number may come again."""
+        self._queue = [event for event in self._queue if event.identifier != identifier]
 
     def _read(self) -> Event | None:
         """Take one event off the channel; None when there is none."""
@@ -229,15 +233,20 @@ class EventChannel:
         self.raw.close()
 
 
+def nobody_listens(peer: str) -> PeerGone:
+    """The peer's host answers, and its port does not."""
+    return PeerGone(
+        f"nobody listens at {peer}",
+        remedy="start the destination first, and check host and port",
+    )
+
+
 def event_error(event: Event, doing: str, peer: str) -> MigrationError:
     """Say what an event other than the awaited one means."""
     name = load().event_name(event.type)
     if event.type == REJECTED:
         if event.status == _REJECT_NO_LISTENER:
-            return PeerGone(
-                f"nobody listens at {peer}",
-                remedy="start the destination first, and check host and port",
-            )
+            return nobody_listens(peer)
         reason = event.private_data.split(b"\0", 1)[0].decode("ascii", "replace")
         said = f": {reason}" if reason.isprintable() and reason else ""
         return PeerGone(f"{peer} rejected the connection (reason {event.status}){said}")

@@ -12,6 +12,7 @@ from typing import Any
 from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationError, RemoteProtocolError
 from rdma_mig.verbs import addresses
+from rdma_mig.verbs.choice import Choice
 from rdma_mig.verbs.endpoint import RNR_RETRY_FOREVER, Endpoint, EndpointOptions
 from rdma_mig.verbs.events import (
     CONNECT_REQUEST,
@@ -46,6 +47,7 @@ class Listener(Closing):
     Attributes:
         address: (host, port) as bound.
         second: the one more, or None; closed with the listener at the latest.
+        device: name of the device that the address belongs to; empty where it is every address.
 
     Raises:
         HostError: no device, no such address, port taken.
@@ -70,6 +72,7 @@ class Listener(Closing):
         self._guard = guard
         self._cmid: Any = None
         try:
+            self._choice = Choice.of(options.device, options.gid_index)
             deadline = Deadline.after(options.connect_seconds)
             candidates = addresses.resolve(host, port, cancel, deadline)
             failure: HostError | None = None
@@ -77,7 +80,12 @@ class Listener(Closing):
                 try:
                     self._cmid = CMID(creator=self.events.raw)
                     self._verbs.bind_address(self._cmid, addresses.pack(candidate))
+                    self._choice.check_listening(self._cmid, candidate[1])
                     self._cmid.listen(5)
+                except HostError as error:
+                    failure = error
+                    self.stop()
+                    continue
                 except (OSError, self.events._error) as error:
                     failure = _bind_error(error, host, port)
                     self.stop()
@@ -89,6 +97,7 @@ class Listener(Closing):
             bound = addresses.unpack(self._verbs.local_address(self._cmid))
             assert bound is not None
             self.address: tuple[str, int] = (bound[1], bound[2])
+            self.device: str = self._verbs.device_name(self._cmid)
         except BaseException:
             self.close()
             raise
@@ -134,9 +143,8 @@ class Listener(Closing):
         request = event.request
         raw = self._verbs.peer_address(request)
         peer = addresses.describe(raw)
-        host = addresses.host_of(raw)
-        if self._guard is not None and (reason := self._guard(host[1] if host else "")):
-            self.events.turn_away(request, reason.encode("ascii", "replace")[:_REASON_MAX])
+        if unwanted := self._why_not(request, raw):
+            self.events.turn_away(request, unwanted.encode("ascii", "replace")[:_REASON_MAX])
             return None
         try:
             reply = answer(event.private_data, peer)
@@ -166,6 +174,16 @@ class Listener(Closing):
             endpoint.close()
             raise
 
+    def _why_not(self, request: Any, raw: bytes) -> str:
+        """Return why a client is not served; nothing when it is."""
+        host = addresses.host_of(raw)
+        if self._guard is not None and (reason := self._guard(host[1] if host else "")):
+            return reason
+        try:
+            return self._choice.why_not(request)
+        except OSError:
+            return "gone meanwhile"
+
     def _begin(self, event: Event, reply: bytes) -> Endpoint | None:
         """Build a client's connection and send the reply; None when the client has gone."""
         from pyverbs.cmid import ConnParam
@@ -179,8 +197,8 @@ class Listener(Closing):
             endpoint.private_data = event.private_data
             endpoint.ready_to_receive()
             parameters = ConnParam(
-                resources=0,
-                depth=0,
+                resources=endpoint.read_depth,
+                depth=endpoint.read_depth,
                 rnr_retry=RNR_RETRY_FOREVER,
                 qp_num=endpoint.qp_number,
                 data_len=len(reply),

@@ -7,6 +7,7 @@ Wire: docs/protocol.md, addresses.
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 
 from rdma_mig.errors import UsageError
@@ -14,6 +15,7 @@ from rdma_mig.errors import UsageError
 __all__ = ["RdmaAddress"]
 
 _EXAMPLE = "write rdma:HOST:PORT, for example rdma:192.0.2.1:4444 or rdma:[2001:db8::1]:4444"
+_EVERYWHERE = ("0.0.0.0", "::")
 # What QEMU's address parser takes behind the port; RDMA uses none of it.
 _IGNORED_OPTIONS = frozenset({"ipv4", "ipv6", "to", "keep-alive", "mptcp", "numeric"})
 
@@ -66,6 +68,7 @@ class RdmaAddress:
         if not host:
             remedy = "to listen everywhere write 0.0.0.0 or [::]" if listening else "name the host"
             raise UsageError(f"{shown} has an empty host", remedy=remedy)
+        _check_special(shown, host, listening=listening)
         return cls(host, port)
 
 
@@ -102,6 +105,42 @@ def _check_ipv6(shown: str, host: str) -> None:
         raise UsageError(
             f"{shown} has {host[:64]!r} in brackets, which is no IPv6 address", remedy=_EXAMPLE
         ) from None
+
+
+def _check_special(shown: str, host: str, *, listening: bool) -> None:
+    """Refuse what a resolver takes for every address, but for the two plain ways to write it.
+
+    Listening everywhere is meant or it is an accident: ``*``, ``0`` and ``0x0`` are ways to say it
+    that nobody reads so. Connecting there reaches whatever the kernel takes for this host.
+    """
+    if host in _EVERYWHERE or _is_everywhere(host):
+        if not listening:
+            raise UsageError(
+                f"{shown} has host {host!r}, which is for listening only", remedy="name the host"
+            )
+        if host not in _EVERYWHERE:
+            raise UsageError(
+                f"{shown} has host {host!r}, a way to write every address that is not taken",
+                remedy="to listen everywhere write 0.0.0.0 or [::]",
+            )
+    elif ":" in host and (mapped := ipaddress.IPv6Address(host).ipv4_mapped) is not None:
+        raise UsageError(
+            f"{shown} has an IPv4 address in the form of an IPv6 one, which RDMA does not take",
+            remedy=f"write {mapped}",
+        )
+
+
+def _is_everywhere(host: str) -> bool:
+    if host == "*":
+        return True
+    if ":" in host:
+        address = ipaddress.IPv6Address(host)
+        return int(address.ipv4_mapped or address) == 0
+    try:
+        # Its numbers may have three bases and the address one to four of them.
+        return socket.inet_aton(host) == bytes(4)
+    except (OSError, UnicodeError):
+        return False
 
 
 def _port(shown: str, text: str, *, listening: bool) -> int:

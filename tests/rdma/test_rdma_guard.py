@@ -48,6 +48,9 @@ def calls(verbs):
         lambda cmid: verbs.reject(cmid, b""),
         verbs.local_address,
         verbs.peer_address,
+        verbs.device_name,
+        verbs.source_gid,
+        verbs.path_attributes,
         lambda context: verbs.max_message_size(context, 1),
         lambda cmid: verbs.move_queue_pair(cmid, None, 1),
         verbs.fail_queue_pair,
@@ -80,7 +83,10 @@ def test_closed_objects():
         cmid = CMID(creator=events.raw)
         assert verbs.identifier(cmid)
         cmid.close()
-        for call in (verbs.identifier, verbs.port_number, verbs.local_address, verbs.peer_address):
+        for call in (
+            verbs.identifier, verbs.port_number, verbs.local_address, verbs.peer_address,
+            verbs.device_name, verbs.source_gid, verbs.path_attributes,
+        ):  # fmt: skip
             with pytest.raises(ValueError, match="CMID is closed"):
                 call(cmid)
         raw = events.raw

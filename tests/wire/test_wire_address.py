@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +13,7 @@ HOSTS = st.one_of(
     st.from_regex(r"[a-z0-9][a-z0-9.-]{0,40}", fullmatch=True),
     st.ip_addresses(v=4).map(str),
     st.ip_addresses(v=6).map(str),
-)
+).filter(lambda host: not re.fullmatch(r"[0x.:]*|::ffff:.*", host))
 
 
 @given(HOSTS, st.integers(1, 65535), st.booleans())
@@ -34,7 +37,7 @@ def test_round_trip(host, port, listening):
     ],
 )
 def test_accepted(uri, host, port):
-    assert RdmaAddress.parse(uri, listening=False) == RdmaAddress(host, port)
+    assert RdmaAddress.parse(uri, listening=True) == RdmaAddress(host, port)
 
 
 def test_port_0_is_for_listening():
@@ -89,6 +92,45 @@ def test_an_empty_host(uri):
         RdmaAddress.parse(uri, listening=True)
     with pytest.raises(UsageError, match="empty host; name the host"):
         RdmaAddress.parse(uri, listening=False)
+
+
+# What getaddrinfo() takes for every address, or for this host where it is a destination.
+EVERYWHERE = [
+    "*", "0", "00", "0x0", "0X0", "0.0", "0.0.0", "0x0.0.0.00", "000.000.000.000", "[::0]",
+    "[0::0]", "[0:0:0:0:0:0:0:0]", "[::0.0.0.0]", "[::ffff:0.0.0.0]", "[::FFFF:0:0]", "[::%lo]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", EVERYWHERE)
+def test_every_address_is_written_in_one_way_only(host):
+    with pytest.raises(UsageError, match=r"a way to write every address.*0\.0\.0\.0 or \[::\]"):
+        RdmaAddress.parse(f"rdma:{host}:4444", listening=True)
+
+
+@pytest.mark.parametrize("host", [*EVERYWHERE, "0.0.0.0", "[::]"])
+def test_every_address_is_no_destination(host):
+    with pytest.raises(UsageError, match="is for listening only; name the host"):
+        RdmaAddress.parse(f"rdma:{host}:4444", listening=False)
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_ipv4_in_the_form_of_ipv6(listening):
+    with pytest.raises(UsageError, match=r"which RDMA does not take; write 192\.0\.2\.1"):
+        RdmaAddress.parse("rdma:[::ffff:192.0.2.1]:4444", listening=listening)
+
+
+@given(st.from_regex(r"(0[xX]?[0-9a-fA-F]{0,9}|[1-9][0-9]{0,9})(\.(0[xX]?)?[0-9a-f]{0,4}){0,3}"))
+def test_no_number_that_listens_everywhere_is_left(host):
+    host = host.strip()
+    try:
+        RdmaAddress.parse(f"rdma:{host}:4444", listening=True)
+    except UsageError:
+        return
+    try:
+        found = socket.getaddrinfo(host, 1, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return
+    assert host == "0.0.0.0" or "0.0.0.0" not in [address[0] for *_, address in found]
 
 
 @given(st.text(max_size=40), st.booleans())
