@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from rdma_mig.cli.options import add_common, network, seconds, size
@@ -128,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             for left in destination.writer.stale:
                 reporter.warn(
-                    f"{left} is left from a run that did not finish; remove it: rm -r {left}"
+                    f"{left} is left from a run that did not finish; remove it: "
+                    f"rdma-migrate clean --remove {shlex.quote(args.output)}"
                 )
             return drive(migration, reporter, start)
         finally:

@@ -54,6 +54,7 @@ def report_of(snapshot: Snapshot, *, verified: bool) -> dict[str, Any]:
         "config": asdict(manifest.config),
         "device_state": asdict(manifest.device_state) | {"eof_offset": manifest.eof_offset},
         "description": _description(snapshot),
+        "restored": snapshot.restorations(),
         "verified": True if verified else None,
     }
 
@@ -134,6 +135,7 @@ def lines_of(report: dict[str, Any]) -> list[str]:
             right=(1, 2),
         )
     lines += ["", *_digests(report)]
+    lines += [f"restored      {line}" for line in report["restored"]]
     if report["verified"]:
         lines += ["", "every byte agrees with its digest"]
     return lines

@@ -64,6 +64,12 @@ def run(args: argparse.Namespace) -> int:
     RdmaAddress.parse(args.uri, listening=False)
     reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     with Snapshot.open(args.directory) as snapshot, Migration(reporter) as migration:
+        if before := snapshot.restorations():
+            reporter.warn(
+                f"this snapshot was sent to a QEMU before ({before[-1]}): if that guest has run "
+                "since, the disks are no longer as this one left them, and if it runs, two guests "
+                "would write to them"
+            )
         # Reading a large snapshot takes long: what this host lacks is said before.
         require_rdma()
         load()

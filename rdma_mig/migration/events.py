@@ -46,14 +46,14 @@ class Connected(MigrationEvent):
 
     event: ClassVar[str] = "connected"
     peer: str
-    device: str
-    pin_all: bool
     local: str
+    device: str
     port: int
     transport: str
     gid_index: int | None
     gid: str | None
     mtu: int | None
+    pin_all: bool
 
     @classmethod
     def over(cls, route: Route, *, pin_all: bool) -> Connected:

@@ -7,10 +7,16 @@ import time
 
 from rdma_mig.channel.counters import RamCounters
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import MigrationCancelled, MigrationError, MigrationTimeout, PeerGone
+from rdma_mig.errors import (
+    MigrationCancelled,
+    MigrationError,
+    MigrationTimeout,
+    PeerGone,
+    SnapshotError,
+)
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.migration.events import Completed, Progress
+from rdma_mig.migration.events import Completed, Progress, Warned
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_FINISH,
     RAM_CONTROL_SETUP,
@@ -161,8 +167,20 @@ class SnapshotSource:
                 )
             if not transport.final_ack:
                 confirmed = "the destination said on the return path that it has loaded everything"
+        if not transport.final_ack:
+            self._note_restoration(migration, transport.peer)
         transport.finish()
         self._report(migration, transport, file.counters, ended - began, confirmed)
+
+    def _note_restoration(self, migration: Migration, peer: str) -> None:
+        """Write down that a QEMU has the machine now; not being able to undoes nothing."""
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        try:
+            self.snapshot.note_restoration(f"{when} to {peer}")
+        except SnapshotError as error:
+            migration.emit(
+                Warned(f"that this snapshot was restored is not noted in it: {error.message}")
+            )
 
     def _device_state(self, file: QEMUFile, transport: RdmaOutgoing) -> str:
         """Send the device state so that its borders show how far the destination came.

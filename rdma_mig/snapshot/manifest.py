@@ -53,6 +53,7 @@ CONFIG: Final = "config.bin"
 RAM: Final = "ram"
 DEVICE_STATE: Final = "vmstate.bin"
 DESCRIPTION: Final = "vmdesc.json"
+RESTORED: Final = "restored"
 
 MAX_MANIFEST = 16 << 20
 MAX_BLOCKS = 4096

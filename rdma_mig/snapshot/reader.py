@@ -33,6 +33,7 @@ from rdma_mig.snapshot.manifest import (
     MANIFEST,
     MAX_MANIFEST,
     RAM,
+    RESTORED,
     FileRecord,
     Manifest,
     digest_file,
@@ -347,6 +348,30 @@ class Snapshot(Closing):
                 remedy=_DAMAGED,
             )
         return raw
+
+    def restorations(self) -> list[str]:
+        """Return a line for each time that this was sent to a QEMU: when, and where to."""
+        try:
+            fd = _fs.open_file(RESTORED, self._dir)
+        except OSError:
+            return []
+        with _fs.closing(fd):
+            text = os.pread(fd, 65536, 0).decode("utf-8", "replace")
+        return [_fs.printable(line) for line in text.splitlines()]
+
+    def note_restoration(self, line: str) -> None:
+        """Add a line to what restorations() returns: the machine may run elsewhere from now on.
+
+        Raises:
+            SnapshotError: it cannot be written; a snapshot may lie on a read-only file system.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with (
+            _fs.failing("write", self.path / RESTORED),
+            _fs.closing(os.open(RESTORED, flags, 0o600, dir_fd=self._dir)) as fd,
+        ):
+            os.write(fd, f"{line}\n".encode())
+            os.fsync(fd)
 
     def close(self) -> None:
         """Close the directory; a second time does nothing."""

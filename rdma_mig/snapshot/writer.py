@@ -9,9 +9,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,6 +18,7 @@ from typing import Final, Self
 from rdma_mig.errors import SnapshotError
 from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.snapshot import _fs
+from rdma_mig.snapshot.leftovers import abandoned, parent_lock
 from rdma_mig.snapshot.manifest import (
     CONFIG,
     DESCRIPTION,
@@ -115,7 +115,7 @@ class SnapshotWriter:
         parent = self.path.parent
         with _fs.failing("create", self.path):
             self._parent = _fs.open_directory(parent, follow=True)
-        with _parent_lock(self._parent):
+        with parent_lock(self._parent):
             self.stale = self._find_stale()
             base = f"{self.path.name}.partial-{os.getpid()}"
             with _fs.failing("create", parent / base):
@@ -147,7 +147,7 @@ class SnapshotWriter:
         return [
             self.path.parent / name
             for name in names
-            if name.startswith(prefix) and _abandoned(self._parent, name)
+            if name.startswith(prefix) and abandoned(self._parent, name)
         ]
 
     # -- room ------------------------------------------------------------------------------------
@@ -468,44 +468,3 @@ class SnapshotWriter:
                 source=self,
             )
             self._close()
-
-
-# -- file system -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _parent_lock(parent: int) -> Iterator[None]:
-    """Keep other writers from looking at a partial between its mkdir and its lock.
-
-    Best effort, and for a second at most: NFS locks no directories, and a directory that anyone
-    can read anyone can lock.
-    """
-    for _ in range(100):
-        try:
-            fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.01)
-        except OSError:
-            break
-        else:
-            break
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(parent, fcntl.LOCK_UN)
-
-
-def _abandoned(parent: int, name: str) -> bool:
-    """Whether nobody works on the partial directory any more."""
-    try:
-        with (
-            _fs.closing(_fs.open_directory(name, parent)) as directory,
-            _fs.closing(_fs.open_file(MANIFEST, directory)) as fd,
-        ):
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False  # locked, or not ours to judge
-    return True

@@ -38,7 +38,7 @@ def test_incoming_killed_in_mid_transfer_and_started_again(source: Qemu, tmp_pat
     source.set_parameter("max-bandwidth", 0)
     with Incoming(kept) as again:
         assert str(partial) in again.wait_event("warning")["message"]
-        assert "rm -r" in again.event("warning")["message"]
+        assert f"rdma-migrate clean --remove {kept}" in again.event("warning")["message"]
         source.migrate(again.uri)
         source.wait_migration()
         again.succeed()
