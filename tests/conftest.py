@@ -17,6 +17,7 @@ IN_EVERY_RUN = (
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
     "interop/test_commands.py::test_signal_in_mid_transfer_leaves_the_guest_to_its_source[15]",
+    "rdma/test_rdma_addresses.py::test_whole_migration_over_ipv6",
     "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
     "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
     "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",
@@ -24,6 +25,8 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_bad_source.py::test_second_client_is_rejected_while_one_is_served",
     "rdma/test_rdma_bad_source.py::test_source_that_disconnects_at_any_step[RAM handed over]",
     "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
+    "rdma/test_rdma_choice.py::test_source_takes_the_device_that_it_is_told_to",
+    "rdma/test_rdma_choice.py::test_request_over_another_device_is_turned_away[0.0.0.0]",
     "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
     "rdma/test_rdma_hooks.py::test_when_pages_are_merged_and_when_they_are_written",
@@ -36,6 +39,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_host_cannot.py::test_whole_migration_as_an_unprivileged_user_within_its_limit"
     "[pin-all]",
     "rdma/test_rdma_lost_peer.py::test_killed_source_is_noticed[in the last phase]",
+    "rdma/test_rdma_siw.py::test_whole_migration[pin-all]",
 )
 
 
