@@ -76,9 +76,9 @@ cdef class WorkQueue:
             key and no receive (InfiniBand specification, C9-88) and fails when the peer's host or
             process is gone. 0: none.
         silence_ms: a probe that is not answered for so long ends the wait with SILENT.
-        iwarp: a request completes when TCP has taken it, whether or not the peer still lives. So the
-            probe is a zero-length read there, which only the peer can complete, and requests of
-            which none completes for probe_ms + silence_ms end the wait as well.
+        iwarp: a request completes when TCP has taken it, whether or not the peer still lives. So
+            the probe is a zero-length read there, which only the peer can complete, and requests
+            of which none completes for probe_ms + silence_ms end the wait as well.
     """
 
     cdef object keep

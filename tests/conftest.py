@@ -29,6 +29,7 @@ IN_EVERY_RUN = (
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
     "interop/test_commands.py::test_signal_in_mid_transfer_leaves_the_guest_to_its_source[15]",
     "rdma/test_rdma_accounting.py::test_what_a_snapshot_has_sent_is_told[dynamic]",
+    "rdma/test_rdma_addresses.py::test_whole_migration_over_ipv6",
     "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
     "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
     "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",
@@ -41,6 +42,8 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_return_path.py::test_second_connection_from_elsewhere_is_rejected",
     "rdma/test_rdma_return_path.py::test_source_opens_the_return_path_first_and_believes_what_it_hears",
     "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
+    "rdma/test_rdma_choice.py::test_source_takes_the_device_that_it_is_told_to",
+    "rdma/test_rdma_choice.py::test_request_over_another_device_is_turned_away[0.0.0.0]",
     "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
     "rdma/test_rdma_dynamic.py::test_refused_pin_all_falls_back_to_chunk_by_chunk_and_completes",
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
@@ -60,6 +63,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_stream.py::test_messages_that_end_at_fields_or_within_them[1]",
     "rdma/test_rdma_stream.py::test_shared_block_stays_where_it_is",
     "rdma/test_rdma_stream.py::test_other_live_sections_are_refused_by_name[between rounds]",
+    "rdma/test_rdma_siw.py::test_whole_migration[pin-all]",
 )
 
 

@@ -162,7 +162,7 @@ class RdmaIncoming:
     @property
     def route(self) -> Route:
         """Where the connection runs."""
-        return route_of(self._endpoint.cmid)
+        return route_of(self._endpoint.cmid, self._endpoint.path)
 
     @property
     def disconnected(self) -> bool:

@@ -181,7 +181,7 @@ class RdmaOutgoing:
     @property
     def route(self) -> Route:
         """Where the connection runs."""
-        return route_of(self._endpoint.cmid)
+        return route_of(self._endpoint.cmid, self._endpoint.path)
 
     @property
     def bytes_written(self) -> int:

@@ -70,7 +70,7 @@ def connect(
                 )
             except (HostError, PeerGone, MigrationTimeout) as error:
                 failures.append(_with_advice(error, candidate))
-        raise _all_failed(host, failures)
+        raise _all_failed(host, failures, choice)
     except BaseException:
         events.close()
         raise
@@ -99,9 +99,12 @@ def _with_advice(error: MigrationError, candidate: addresses.SockAddr) -> Migrat
     return error
 
 
-def _all_failed(host: str, failures: list[MigrationError]) -> MigrationError:
-    """One error for all addresses that were tried: of the kind that came farthest."""
-    for kind in (PeerGone, MigrationTimeout, HostError):
+def _all_failed(host: str, failures: list[MigrationError], choice: Choice) -> MigrationError:
+    """One error for all addresses that were tried: of the kind that says most."""
+    # A peer's answer first. Where a device was asked for, that the way leads over another one says
+    # more than that nothing came back over the right one.
+    kinds = (PeerGone, MigrationTimeout, HostError)
+    for kind in kinds if choice.device is None else (PeerGone, HostError, MigrationTimeout):
         best = [failure for failure in failures if type(failure) is kind]
         if not best:
             continue

@@ -89,6 +89,7 @@ class Endpoint(Closing):
         local: HOST:PORT of this end.
         device: name of the verbs device.
         iwarp: it is one of iWARP: the provider moves the queue pair, and speaks over TCP.
+        path: GID index and path MTU (bytes) once the peer's parameters have arrived; None on iWARP.
         private_data: what the other end sent with its request or reply; padded by the transport.
         queue: posts and waits without the GIL.
     """
@@ -113,6 +114,7 @@ class Endpoint(Closing):
         self.private_data = b""
         self.peer = addresses.describe(verbs.peer_address(cmid))
         self.local = addresses.describe(verbs.local_address(cmid))
+        self.path: tuple[int | None, int | None] = (None, None)
         self._connected = False
         self._owns_events = False
         self._device_removed = False
@@ -194,6 +196,7 @@ class Endpoint(Closing):
         """Move the queue pair to RTR and RTS; the peer's parameters must have arrived."""
         if self.iwarp:
             return  # done by the provider, within connect and accept
+        self.path = self._verbs.path_attributes(self.cmid)
         # INIT once more: before the connection is under way, the connection manager knows no
         # access flags, and a queue pair without them answers a liveness probe with an error.
         self._verbs.move_queue_pair(self.cmid, self._qp, self._verbs.QPS_INIT)

@@ -146,11 +146,17 @@ def gids(device: str, port: int) -> tuple[int, list[Gid]]:
     return len(indices), found
 
 
-def route_of(cmid: Any) -> Route:
-    """Say where a connection runs, once both ends have agreed on it."""
+def route_of(cmid: Any, path: tuple[int | None, int | None]) -> Route:
+    """Say where a connection runs, once both ends have agreed on it.
+
+    Args:
+        cmid: of the connection.
+        path: what path_attributes() said when the agreement came about: the kernel does not know it
+            any more when the peer has left, which may be at once.
+    """
     verbs = load()
     device, port = verbs.device_name(cmid), verbs.port_number(cmid)
-    index, mtu = verbs.path_attributes(cmid)
+    index, mtu = path
     gid = None if index is None else _text(verbs.source_gid(cmid))
     return Route(
         local=addresses.describe(verbs.local_address(cmid)),
