@@ -19,7 +19,7 @@ from support import MIB
 ASKING = "qemu_rdma_write_one_sendreg"
 ASKED = "qemu_rdma_registration_handle_register_loop"
 
-_INTERVAL = 0.002
+_INTERVAL = 0.005
 
 
 def pinned(pid: int) -> int:

@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
 BESIDE = 8 * MIB
 
 
-@pytest.mark.deadline(400)
+@pytest.mark.deadline(900)
 @pytest.mark.parametrize("memory", [64, pytest.param(1024, marks=pytest.mark.full)])
 def test_only_chunks_that_were_asked_for_are_pinned(memory: int, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
-    with Incoming(first) as incoming, qemu(memory, "source", ASKING) as source:
+    limit = seconds(memory)
+    with Incoming(first, timeout=limit) as incoming, qemu(memory, "source", ASKING) as source:
         source.wait_heartbeat(2)
         # Low in RAM: behind it comes a long time in which nothing more is to be pinned.
         fill_random(source.memory_path, 1, 16 * MIB, memory * MIB // 16)
@@ -42,7 +43,7 @@ def test_only_chunks_that_were_asked_for_are_pinned(memory: int, tmp_path: Path)
     uri = rdma_uri(free_port())
     with (
         qemu(memory, "destination", ASKED, paused=True, incoming=uri) as dest,
-        outgoing(first, uri, pin_all=False) as sender,
+        outgoing(first, uri, pin_all=False, timeout=limit) as sender,
         PinWatch(sender.process.pid) as to_qemu,
     ):
         sender.succeed()
@@ -51,9 +52,9 @@ def test_only_chunks_that_were_asked_for_are_pinned(memory: int, tmp_path: Path)
     check("outgoing to QEMU", to_qemu, asked, memory)
 
     with (
-        Incoming(second) as incoming,
+        Incoming(second, timeout=limit) as incoming,
         PinWatch(incoming.process.pid) as into_second,
-        outgoing(first, incoming.uri, pin_all=False) as sender,
+        outgoing(first, incoming.uri, pin_all=False, timeout=limit) as sender,
         PinWatch(sender.process.pid) as to_second,
     ):
         sender.succeed()
@@ -62,10 +63,15 @@ def test_only_chunks_that_were_asked_for_are_pinned(memory: int, tmp_path: Path)
     check("incoming from ours", into_second, data, memory)
 
 
+def seconds(memory: int) -> float:
+    """A backstop for one leg: every chunk takes a question, an answer and several looks."""
+    return patience(60 + memory / 4)
+
+
 def qemu(memory: int, name: str, event: str, **options: object) -> Qemu:
     """A QEMU with an idle guest that tells of one kind of event."""
     return Qemu(
-        memory_mib=memory, name=name, extra=["-trace", event], timeout=patience(60), **options
+        memory_mib=memory, name=name, extra=["-trace", event], timeout=seconds(memory), **options
     )
 
 
