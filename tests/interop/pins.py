@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +19,7 @@ from support import MIB
 ASKING = "qemu_rdma_write_one_sendreg"
 ASKED = "qemu_rdma_registration_handle_register_loop"
 
-_INTERVAL = 0.002
+_INTERVAL = 0.005
 
 
 def pinned(pid: int) -> int:
@@ -43,6 +43,9 @@ def registered(pid: int) -> int:
 class PinWatch:
     """Watches what a process has pinned and registered, until it ends or the block is left.
 
+    As soon as it has pinned anything it is stopped for each look. So it cannot get further than an
+    interval between two, whoever else uses the processor.
+
     Attributes:
         pinned: the most that it had pinned at one time, bytes.
         registered: the most that it had in memory regions at one time, bytes.
@@ -53,34 +56,34 @@ class PinWatch:
         self.registered = 0
         self._pid = pid
         self._over = threading.Event()
-        # Two threads, since asking for the regions takes a process, and thus long.
-        self._threads = [
-            threading.Thread(target=self._watch, args=[look], name="pin-watch")
-            for look in (self._look_at_memory, self._look_at_regions)
-        ]
+        self._thread = threading.Thread(target=self._watch, name="pin-watch")
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
-    def _watch(self, look: Callable[[], None]) -> None:
+    def _watch(self) -> None:
         while not self._over.wait(_INTERVAL):
             try:
-                look()
+                if not pinned(self._pid):
+                    continue
+                os.kill(self._pid, signal.SIGSTOP)
+                try:
+                    self._look()
+                finally:
+                    os.kill(self._pid, signal.SIGCONT)
             except OSError:
                 return  # it has come to its end
 
-    def _look_at_memory(self) -> None:
-        self.pinned = max(self.pinned, pinned(self._pid))
-
-    def _look_at_regions(self) -> None:
-        self.registered = max(self.registered, registered(self._pid))
+    def _look(self) -> None:
+        now = pinned(self._pid)
+        if now > self.pinned:
+            self.pinned = now
+            self.registered = max(self.registered, registered(self._pid))
 
 
 def chunks_in_trace(printed: str, event: str) -> int:
