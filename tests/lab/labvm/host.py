@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def check() -> None:
     # first page of any program that needs one.
     if b"/ld-linux" in Path(need("busybox")).read_bytes()[:4096]:
         raise LabError("host", "busybox is not static: apt-get install busybox-static")
+
+
+def run(step: str, command: list[str], cwd: Path | None = None) -> str:
+    """Run a command and return what it prints; where it fails, LabError with its last line."""
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        why = said[-1] if said else f"status {done.returncode}"
+        raise LabError(step, f"{Path(command[0]).name} {command[1]}: {why}")
+    return done.stdout
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from labvm.host import CACHE, LabError, find, locked, need
+from labvm import siw
+from labvm.host import CACHE, LabError, find, locked, need, run
 
 # In this order; each brings its dependencies. rdma_rxe wants crc32 of the crypto API, and fails
 # with ENOENT where crc32_generic is not there.
@@ -56,7 +56,7 @@ class Kernel:
         order: dict[str, bytes] = {}
         modprobe = [need("modprobe"), "-d", str(self.tree), "-S", self.version, "--show-depends"]
         for module in MODULES:
-            shown = _run("modules", [*modprobe, module])
+            shown = run("modules", [*modprobe, module])
             for line in shown.splitlines():
                 word = line.split()
                 if word[:1] == ["insmod"]:
@@ -96,22 +96,11 @@ def unpacked_image(packed: bytes) -> bytes | None:
     return image if image.startswith(b"\x7fELF") else None
 
 
-def _run(step: str, command: list[str], cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        why = said[-1] if said else f"status {done.returncode}"
-        raise LabError(step, f"{Path(command[0]).name} {command[1]}: {why}")
-    return done.stdout
-
-
 def _package() -> str:
     """Name the package that linux-image-amd64 depends on now."""
     if find("apt-cache") is None or find("dpkg") is None:
         raise LabError("kernel", "fetching Debian's kernel needs apt and dpkg")
-    said = _run("kernel", [need("apt-cache"), "depends", "linux-image-amd64"])
+    said = run("kernel", [need("apt-cache"), "depends", "linux-image-amd64"])
     names: list[str] = re.findall(r"^\s*Depends:\s*(linux-image-\d\S*)$", said, re.MULTILINE)
     if not names:
         raise LabError("kernel", "apt knows no linux-image-amd64: run apt-get update first")
@@ -124,12 +113,12 @@ def _fetch(tree: Path) -> None:
         work = Path(temporary)
         # apt's own sandbox user cannot write here, and saying so on each download helps nobody.
         options = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
-        _run("kernel", [need("apt-get"), "download", *options, package], cwd=work)
+        run("kernel", [need("apt-get"), "download", *options, package], cwd=work)
         packages = list(work.glob("*.deb"))
         if len(packages) != 1:
             raise LabError("kernel", f"apt-get download {package} left {len(packages)} packages")
         unpacked = work / "unpacked"
-        _run("kernel", [need("dpkg"), "-x", str(packages[0]), str(unpacked)])
+        run("kernel", [need("dpkg"), "-x", str(packages[0]), str(unpacked)])
         version = package.removeprefix("linux-image-")
         # A package of a merged-/usr release has its modules below usr/.
         if not (unpacked / "lib" / "modules" / version).is_dir():
@@ -138,7 +127,7 @@ def _fetch(tree: Path) -> None:
         image = unpacked_image((unpacked / "boot" / f"vmlinuz-{version}").read_bytes())
         if image is not None:
             (unpacked / "boot" / f"vmlinux-{version}").write_bytes(image)
-        _run("kernel", [need("depmod"), "-b", str(unpacked), version])
+        run("kernel", [need("depmod"), "-b", str(unpacked), version])
         shutil.rmtree(unpacked / "usr", ignore_errors=True)
         (unpacked / "VERSION").write_text(version + "\n")
         unpacked.rename(tree)
@@ -150,7 +139,8 @@ def get() -> Kernel:
     with locked("kernel"):
         if not (tree / "VERSION").exists():
             _fetch(tree)
-    kernel = Kernel((tree / "VERSION").read_text().strip(), tree)
+        kernel = Kernel((tree / "VERSION").read_text().strip(), tree)
+        siw.add(tree, kernel.version)
     if not os.access(kernel.image, os.R_OK):
         raise LabError("kernel", f"{kernel.image} is not there or not readable: remove {tree}")
     return kernel
