@@ -40,6 +40,12 @@ test: setup ## the tests of every run, some 12 minutes emulated; PYTEST_ARGS="-k
 test-full: setup ## all tests, the larger and slower cells too
 	$(BIN)/python tests/lab/suite.py --full --limit 10800 $(PYTEST_ARGS)
 
+N ?= 1000
+SEED ?=
+.PHONY: soak
+soak: setup ## migrations that fail at random steps, and what they leave: make soak N=1000
+	$(if $(LAB),$(LAB) --timeout 86400 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_soak.py --runs $(N) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lab
 lab: setup ## a shell in a machine with an RDMA device (soft-RoCE)
 	tests/lab/run --timeout 86400 --shell

@@ -375,7 +375,10 @@ class RdmaIncoming:
                 has failed or was cancelled at the same moment.
         """
         self._require_return_path().send(Shut(0))
-        self._endpoint.wait_disconnected(seconds)
+        left = self._endpoint.wait_disconnected(seconds)
+        if self._endpoint.iwarp and not left:
+            # Sent means handed to TCP there, and not arrived.
+            raise PeerGone(f"{self.peer} was told that all is on disk and does not leave")
         # A source that is cancelled meanwhile runs its guest again, and tells us so at most.
         if self.control.peer_error():
             raise PeerGone(f"{self.peer} failed or was cancelled while it was told")

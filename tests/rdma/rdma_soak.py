@@ -245,7 +245,11 @@ def main() -> int:
     print(f"soak: {args.runs} migrations from seed {args.seed}", file=sys.stderr, flush=True)
 
     def progress(report: Report) -> None:
-        print(f"{report.runs} runs, {report.failed} failed on purpose", file=sys.stderr, flush=True)
+        print(
+            f"{report.runs} runs, {report.failed} failed on purpose, {resident_kib()} KiB resident",
+            file=sys.stderr,
+            flush=True,
+        )
 
     report = soak(args.runs, args.seed, progress)
     if args.json:
