@@ -40,6 +40,11 @@ test: setup ## the tests of every run, some 12 minutes emulated; PYTEST_ARGS="-k
 test-full: setup ## all tests, the larger and slower cells too
 	$(BIN)/python tests/lab/suite.py --full --limit 10800 $(PYTEST_ARGS)
 
+# Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
+.PHONY: docker-test
+docker-test: ## build the container images and run all of docs/docker.md with a real Docker engine
+	python3 tests/docker/run
+
 .PHONY: lab
 lab: setup ## a shell in a machine with an RDMA device (soft-RoCE)
 	tests/lab/run --timeout 86400 --shell
@@ -50,11 +55,12 @@ lab-run: setup ## run a command in such a machine: make lab-run CMD="ibv_devinfo
 	tests/lab/run -- bash -c "$$CMD"
 
 .PHONY: lint
-lint: $(VENV)/.lint ## ruff, mypy, cython-lint
+lint: $(VENV)/.lint ## ruff, mypy, cython-lint, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/cython-lint cext
+	$(BIN)/shellcheck docker/setup-rxe
 
 .PHONY: format
 format: $(VENV)/.lint ## format the Python sources

@@ -12,6 +12,7 @@ import pytest
 
 # The beginning of a node id below tests/: a file, a test, or one of its cells.
 IN_EVERY_RUN = (
+    "docker/test_docker_entrypoint.py",
     "interop/test_round_trip.py",
     "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
