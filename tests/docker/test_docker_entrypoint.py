@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import docker_kit as kit
 import pytest
@@ -120,12 +121,16 @@ def test_wrong_set_ups_with_a_device():
     says(entrypoint("check", device=device, prefix=hidden), "this container has no /dev/infi",
          "--device /dev/infiniband")  # fmt: skip
 
-    closed = (
-        "mkdir /run/closed; cp -a /dev/infiniband/. /run/closed; chmod 600 /run/closed/*; "
-        "mount --bind /run/closed /dev/infiniband; "
-        'set -- setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
-    )
-    result = entrypoint("check", device=device, prefix=f"mount -t tmpfs none /run; {closed}")
+    files = [*Path("/dev/infiniband").glob("uverbs*"), Path("/dev/infiniband/rdma_cm")]
+    modes = [path.stat().st_mode & 0o777 for path in files]
+    somebody = 'set -- setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    try:
+        for path in files:
+            path.chmod(0o600)
+        result = entrypoint("check", device=device, prefix=somebody)
+    finally:
+        for path, mode in zip(files, modes, strict=True):
+            path.chmod(mode)
     says(result, "/dev/infiniband/uverbs", "--user 0")
 
 
