@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Passed on to pytest by `make test` and `make test-full`.
 PYTEST_ARGS ?=
+# Passed on by `make docker-test`: --keep makes the next run faster.
+DOCKER_TEST_ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # What building, testing and the lab need of Debian.
@@ -43,7 +45,7 @@ test-full: setup ## all tests, the larger and slower cells too
 # Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
 .PHONY: docker-test
 docker-test: ## build the container images and run all of docs/docker.md with a real Docker engine
-	python3 tests/docker/run
+	python3 tests/docker/run $(DOCKER_TEST_ARGS)
 
 .PHONY: lab
 lab: setup ## a shell in a machine with an RDMA device (soft-RoCE)

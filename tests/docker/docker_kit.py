@@ -147,18 +147,18 @@ def check(true: object, wrong: str) -> None:
 
 
 @contextlib.contextmanager
-def engine(directory: Path, *drivers: str) -> Iterator[None]:
+def engine(directory: Path, *drivers: str, keep: bool = False) -> Iterator[None]:
     """A dockerd of our own while the block runs, with DOCKER_HOST set to it.
 
     Args:
         directory: where it keeps everything; removed at the end.
         drivers: storage drivers, of which the first that works is taken.
+        keep: leave the directory, for the next one to find what was built.
     """
     for program, package in (("dockerd", "docker.io"), ("docker-compose", "docker-compose")):
         check(shutil.which(program), f"no {program} here: apt-get install {package}")
     check(os.geteuid() == 0, "no Docker engine runs here, and only root can start one")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     # The name of a socket has 107 bytes at most.
     with tempfile.TemporaryDirectory(prefix="rdma-mig-engine-") as run_directory:
         address = f"unix://{run_directory}/docker.sock"
@@ -193,8 +193,8 @@ def engine(directory: Path, *drivers: str) -> Iterator[None]:
             if saved is not None:
                 os.environ["DOCKER_HOST"] = saved
             stop(process)
-            # Layers hold files that only a mounted file system could keep.
-            shutil.rmtree(directory, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
