@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Passed on to pytest by `make test` and `make test-full`.
 PYTEST_ARGS ?=
+# Passed on by `make docker-test`: --keep makes the next run faster.
+DOCKER_TEST_ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # What building, testing and the lab need of Debian.
@@ -46,6 +48,11 @@ SEED ?=
 soak: setup ## migrations that fail at random steps, and what they leave: make soak N=1000
 	$(if $(LAB),$(LAB) --timeout 86400 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_soak.py --runs $(N) $(if $(SEED),--seed $(SEED))
 
+# Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
+.PHONY: docker-test
+docker-test: ## build the container images and run all of docs/docker.md with a real Docker engine
+	python3 tests/docker/run $(DOCKER_TEST_ARGS)
+
 .PHONY: lab
 lab: setup ## a shell in a machine with an RDMA device (soft-RoCE)
 	tests/lab/run --timeout 86400 --shell
@@ -56,11 +63,12 @@ lab-run: setup ## run a command in such a machine: make lab-run CMD="ibv_devinfo
 	tests/lab/run -- bash -c "$$CMD"
 
 .PHONY: lint
-lint: $(VENV)/.lint ## ruff, mypy, cython-lint
+lint: $(VENV)/.lint ## ruff, mypy, cython-lint, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/cython-lint cext
+	$(BIN)/shellcheck docker/setup-rxe
 
 .PHONY: format
 format: $(VENV)/.lint ## format the Python sources

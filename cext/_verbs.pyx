@@ -8,25 +8,22 @@ calls of librdmacm that pyverbs lacks.
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
-from libc.errno cimport EBADF, EINTR, EIO, ENODEV, ENOMEM, EPERM, ENOSYS, errno
+from libc.errno cimport EBADF, EINTR, EIO, ENODEV, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
 from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.types cimport pid_t
-from posix.unistd cimport getpid
+from posix.unistd cimport close, read, write
 
 from verbs cimport *
 
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long local_count,
-                             const iovec *remote, unsigned long remote_count,
-                             unsigned long flags)
+cdef extern from "<fcntl.h>" nogil:
+    enum: O_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int pipe2(int *ends, int flags)
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: AF_INET

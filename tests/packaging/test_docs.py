@@ -28,7 +28,6 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "docker" / "README.md",
     ROOT / "tests" / "lab" / "README.md",
 ]
 # First parts of absolute paths that exist, or are made, on any Debian.
@@ -40,7 +39,9 @@ def name_of(document: Path) -> str:
 
 
 def code_blocks(text: str, language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    # All of them, so that the end of one is not taken for the beginning of another.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [body for name, body in blocks if name == language]
 
 
 def without_code(text: str) -> str:
