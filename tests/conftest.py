@@ -23,7 +23,6 @@ IN_EVERY_RUN = (
     "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-q35-dirtying-",
     "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-numa-idle-",
     "interop/test_round_trip.py::test_guest_goes_out_and_comes_back[dynamic-numa-dirtying-",
-    "interop/test_pinning.py::test_only_chunks_that_were_asked_for_are_pinned[64]",
     "docker/test_docker_entrypoint.py",
     "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",

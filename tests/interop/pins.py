@@ -43,8 +43,9 @@ def registered(pid: int) -> int:
 class PinWatch:
     """Watches what a process has pinned and registered, until it ends or the block is left.
 
-    As soon as it has pinned anything it is stopped for each look. So it cannot get further than an
-    interval between two, whoever else uses the processor.
+    Whenever it has pinned more than before, it is stopped for a closer look. So while it pins it
+    cannot get further than an interval between two looks, whoever else uses the processor; and
+    while it does not, nothing holds it up.
 
     Attributes:
         pinned: the most that it had pinned at one time, bytes.
@@ -69,7 +70,7 @@ class PinWatch:
     def _watch(self) -> None:
         while not self._over.wait(_INTERVAL):
             try:
-                if not pinned(self._pid):
+                if pinned(self._pid) <= self.pinned:
                     continue
                 os.kill(self._pid, signal.SIGSTOP)
                 try:
