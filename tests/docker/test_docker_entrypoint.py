@@ -152,7 +152,7 @@ def test_device_is_made_used_and_removed_and_no_other_touched():
         assert setup("--address", "192.0.2.77") == ready
         assert state() == before
         result = entrypoint("check", device="rxe_mig")
-        assert result.stdout == "ready: device rxe_mig, addresses 192.0.2.77\n"
+        assert result.stdout == "ready: device rxe_mig, addresses 192.0.2.77, fd52:4d49:4700::1\n"
         if len(before) > 1:
             says(entrypoint("check"), "there are ", "RDMA_MIG_DEVICE=")
         assert "rxe_mig" in entrypoint("check", "rdma:192.0.2.77:1").stdout
