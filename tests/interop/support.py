@@ -341,6 +341,12 @@ def destination(
     return Qemu(**snapshot.machine | changed, extra=extra, incoming=uri, name="destination")
 
 
+def same_snapshot(first: Path, second: Path) -> str:
+    """How two snapshots differ, but for where they were restored; an empty text if they do not."""
+    command = ["diff", "-r", "--exclude=restored", str(first), str(second)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
 def slow_migration(source: Qemu, incoming: Incoming) -> None:
     """Begin a migration into ``incoming``, and return in the middle of it."""
     source.set_parameter("max-bandwidth", SLOW)

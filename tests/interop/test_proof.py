@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 from harness import device_address, free_port
-from support import Command, Incoming, Snapshot, destination, outgoing, rdma_uri
+from support import Command, Incoming, Snapshot, destination, outgoing, rdma_uri, same_snapshot
 
 pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
 
@@ -106,7 +105,7 @@ def test_snapshot_without_description_goes_on_to_another_disk(snapshot: Snapshot
     with Incoming(tmp_path / "kept") as incoming, outgoing(snapshot.directory, incoming.uri) as to:
         to.succeed()
         incoming.succeed()
-        assert subprocess.call(["diff", "-r", snapshot.directory, incoming.output]) == 0
+        assert same_snapshot(snapshot.directory, incoming.output) == ""
 
 
 def test_nobody_listens(snapshot: Snapshot):

@@ -186,7 +186,7 @@ def test_source_connects_from_the_address_of_the_index(mine, address, second_add
         endpoint = connect(*listener.listener.address, kit.PLAIN, cancel, options)
         with endpoint:
             accepted.result()
-            route = route_of(endpoint.cmid)
+            route = route_of(endpoint.cmid, endpoint.path)
             assert route.local.startswith(f"{ours}:")
             assert (route.gid_index, route.gid) == (index, f"::ffff:{ours}")
             assert listener.peer.endpoint.peer == route.local
@@ -261,4 +261,5 @@ def test_request_to_another_gid_is_turned_away(mine, address, second_address, bu
             pytest.fail("it was accepted")
         assert built == []
         with kit.dial(f"rdma:{ours}:{port}"):
-            assert route_of(accepted.result().endpoint.cmid).gid_index == index
+            endpoint = accepted.result().endpoint
+            assert route_of(endpoint.cmid, endpoint.path).gid_index == index
