@@ -35,7 +35,7 @@ demo: setup ## migrate a running QEMU guest onto disk and back, over RDMA
 	$(if $(LAB),$(LAB) --timeout 600 --) $(CURDIR)/$(BIN)/python demo/run
 
 .PHONY: test
-test: setup ## the tests of every run, some 12 minutes emulated; PYTEST_ARGS="-k name" selects
+test: setup ## the tests of every run, some 15 minutes emulated; PYTEST_ARGS="-k name" selects
 	$(BIN)/python tests/lab/suite.py $(PYTEST_ARGS)
 
 .PHONY: test-full

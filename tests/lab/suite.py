@@ -166,7 +166,7 @@ def device_part(wanted: str, selected: bool, deadline: float, passed_on: list[st
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--full", action="store_true", help="also the tests marked `full`")
-    # Twelve minutes are what it should take on two emulated processors. The limit is for runs that
+    # Fifteen minutes are what it should take on two emulated processors. The limit is for runs that
     # hang: a machine that is busy with other things is no reason to call the tests failed.
     parser.add_argument("--limit", type=float, default=2400, help="seconds (default %(default)s)")
     options, passed_on = parser.parse_known_args(arguments)
