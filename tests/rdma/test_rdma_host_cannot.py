@@ -174,12 +174,12 @@ def test_name_that_does_not_resolve(room, kept, name):
 
 
 def test_address_that_is_no_rdma_devices(room):
-    plain = run(PYTHON, "-c", LISTEN, "192.0.2.1", "0")
+    plain = run(PYTHON, "-c", LISTEN, "203.0.113.1", "0")
     assert plain.returncode == 1
     assert "OSError" in plain.stderr
     line = refused(
-        "incoming", "rdma:192.0.2.1:0", "-o", room / "vm",
-        named="192.0.2.1 is not the address of an RDMA device", remedy="rdma link show", left=room,
+        "incoming", "rdma:203.0.113.1:0", "-o", room / "vm",
+        named="203.0.113.1 is not the address of an RDMA device", remedy="rdma link show", left=room,
     )  # fmt: skip
     assert kit.device()[0] in line
 
