@@ -179,7 +179,8 @@ def test_address_that_is_no_rdma_devices(room):
     assert "OSError" in plain.stderr
     line = refused(
         "incoming", "rdma:203.0.113.1:0", "-o", room / "vm",
-        named="203.0.113.1 is not the address of an RDMA device", remedy="rdma link show", left=room,
+        named="203.0.113.1 is not the address of an RDMA device", remedy="rdma link show",
+        left=room,
     )  # fmt: skip
     assert kit.device()[0] in line
 
