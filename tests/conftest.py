@@ -44,6 +44,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_bad_source.py::test_write_after_the_keys_were_withdrawn_fails",
     "rdma/test_rdma_choice.py::test_source_takes_the_device_that_it_is_told_to",
     "rdma/test_rdma_choice.py::test_request_over_another_device_is_turned_away[0.0.0.0]",
+    "rdma/test_rdma_doctor.py::test_both_hosts_and_the_path_between_them",
     "rdma/test_rdma_dynamic.py::test_unregistered_key_is_dead_and_a_new_one_lives",
     "rdma/test_rdma_dynamic.py::test_refused_pin_all_falls_back_to_chunk_by_chunk_and_completes",
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",

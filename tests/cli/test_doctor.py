@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rdma-migrate doctor`` on a host without RDMA, and with a peer that plays it false."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import Qemu
+from test_cli_usage import COMMAND, one_line, run, without_device
+
+LEVELS = ("ok", "warning", "blocker")
+
+
+def findings(*options: str, status: int = 3, prefix: list[str] | None = None) -> dict[str, list]:
+    """Run doctor without a device; return the findings of each check."""
+    result = run("doctor", "--json", *options, prefix=[*(prefix or []), *without_device()])
+    assert (result.returncode, result.stderr) == (status, "")
+    report = json.loads(result.stdout)
+    assert set(report) == {"host", "level", "findings"}
+    assert report["host"] == socket.gethostname()
+    by_check: dict[str, list] = {}
+    for finding in report["findings"]:
+        assert set(finding) == {"check", "level", "message", "remedy"}
+        assert finding["level"] in LEVELS
+        assert finding["level"] == "ok" or finding["remedy"], finding
+        by_check.setdefault(finding["check"], []).append(finding)
+    ranks = [LEVELS.index(finding["level"]) for finding in report["findings"]]
+    assert report["level"] == LEVELS[max(ranks)]
+    return by_check
+
+
+def test_host_without_a_device_is_told_how_to_make_one():
+    [finding] = findings()["devices"]
+    assert finding["level"] == "blocker"
+    assert finding["message"] == "this host has no RDMA device"
+    assert "rdma link add rxe0 type rxe netdev" in finding["remedy"]
+
+
+def test_text_says_the_same():
+    result = run("doctor", prefix=without_device())
+    assert result.returncode == 3
+    assert "  BLOCKER devices: this host has no RDMA device\n          load" in result.stdout
+
+
+def test_guest_that_does_not_fit_is_a_blocker():
+    [small], [large] = findings("--ram", "1M")["memory"], findings("--ram", "1000T")["memory"]
+    assert (small["level"], large["level"]) == ("ok", "blocker")
+    assert "1024000.0 GiB of guest RAM are needed" in large["message"]
+
+
+def test_limit_on_locked_memory_is_judged_by_the_guest():
+    limited = ["prlimit", f"--memlock={8 << 20}", "setpriv", "--bounding-set=-ipc_lock"]
+    small = findings("--ram", "4M", prefix=limited)["memlock"][0]
+    large = findings("--ram", "64M", prefix=limited)["memlock"][0]
+    unknown = findings(prefix=limited)["memlock"][0]
+    assert [finding["level"] for finding in (small, large, unknown)] == ["ok", "blocker", "warning"]
+    assert "64 MiB of guest RAM would have to be pinned" in large["message"]
+    assert "may lock 8 MiB" in large["message"]
+    assert "ulimit -l unlimited" in large["remedy"]
+
+
+def test_device_that_is_not_there():
+    found = findings("--rdma-device", "mlx9_9")["devices"]
+    assert any("no RDMA device 'mlx9_9'" in finding["message"] for finding in found)
+
+
+# ---- a QEMU ----
+
+
+def test_settings_of_a_running_qemu_that_rdma_does_not_carry(tmp_path):
+    path = tmp_path / "second.qmp"
+    extra = ["-qmp", f"unix:{path},server=on,wait=off"]
+    with Qemu(machine="q35", paused=True, extra=extra) as qemu:
+        found = findings("--qmp", str(path))
+        assert re.match(
+            r"QEMU \d+\.\d+\.\d+, its machine is prelaunch", found["qemu"][0]["message"]
+        )
+        assert found["max-bandwidth"][0]["level"] == "warning"
+        assert all(finding["level"] == "ok" for finding in found["capability"])
+        qemu.set_parameter("max-bandwidth", 10**11)
+        qemu.set_capability("multifd")
+        found = findings("--qmp", str(path))
+        assert found["max-bandwidth"][0]["level"] == "ok"
+        [multifd] = [f for f in found["capability"] if "multifd" in f["message"]]
+        assert multifd["level"] == "blocker"
+        assert '"capability": "multifd", "state": false' in multifd["remedy"]
+
+
+def test_qmp_socket_that_is_not_there(tmp_path):
+    [finding] = findings("--qmp", str(tmp_path / "none"))["qemu"]
+    assert finding["level"] == "blocker"
+    assert "cannot be asked" in finding["message"]
+
+
+# ---- a peer ----
+
+
+@contextlib.contextmanager
+def answering(answer: bytes, *, then_close: bool = True) -> Iterator[str]:
+    """A host that says this to whoever asks; yields HOST:PORT."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1 << 20)
+                with contextlib.suppress(OSError):
+                    sock.sendall(answer)
+                if not then_close:
+                    done.wait(60)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            done.set()
+            thread.join()
+
+
+REPORT = {"host": "h", "level": "ok", "findings": []}
+FINDING = {"check": "c", "level": "ok", "message": "m", "remedy": ""}
+MANY = json.dumps({"api": 1, "report": REPORT | {"findings": [FINDING] * 257}}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "status"),
+    [
+        (b"", "closed the connection; awaited was its report", 1),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no rdma-migrate doctor of this version", 4),
+        (b"[" * 100000 + b"\n", "is no rdma-migrate doctor of this version", 4),
+        (b'{"api": 2}\n', "is no rdma-migrate doctor of this version", 4),
+        (b'{"api": 1}\n', "sent no report", 4),
+        (b"x" * (2 << 20), "sent more than 1048576 bytes", 4),
+        (json.dumps({"api": 1, "report": REPORT}).encode() + b"\n", "neither where it listens", 4),
+        (
+            json.dumps({"api": 1, "report": REPORT | {"findings": [1]}}).encode() + b"\n",
+            "sent a finding that is none", 4,
+        ),
+        (
+            MANY,
+            "sent no report", 4,
+        ),
+    ],
+)  # fmt: skip
+def test_peer_that_does_not_play_its_part(answer, said, status):
+    with answering(answer) as peer:
+        assert said in one_line(run("doctor", "--peer", peer, prefix=without_device()), status)
+
+
+def test_peer_that_is_not_there_is_named_with_the_remedy():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = f"127.0.0.1:{listener.getsockname()[1]}"
+    line = one_line(run("doctor", "--peer", peer, prefix=without_device()), 3)
+    assert f"{peer} cannot be reached over TCP: Connection refused" in line
+    assert "rdma-migrate doctor --serve" in line
+
+
+def test_text_of_a_peer_cannot_reach_the_terminal_raw():
+    report = REPORT | {"findings": [FINDING | {"message": "\x1b[2Jgone"}]}
+    answer = {"api": 1, "report": report, "error": "none", "remedy": "r"}
+    with answering(json.dumps(answer).encode() + b"\n") as peer:
+        result = run("doctor", "--peer", peer, prefix=without_device())
+    assert result.returncode == 3
+    assert "\x1b" not in result.stdout
+    assert "\\x1b[2Jgone" in result.stdout
+    assert "takes no RDMA: none" in result.stdout
+
+
+@pytest.mark.parametrize("peer", ["", ":1", "h:65536", "h:x", "[::1", "[::1]:"])
+def test_wrong_peer_is_wrong_usage(peer):
+    result = run("doctor", f"--peer={peer}", prefix=without_device())
+    assert result.returncode in (2, 3), result
+
+
+@contextlib.contextmanager
+def serving(prefix: list[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``doctor --serve`` that waits for somebody to ask; yields it and HOST:PORT."""
+    process = subprocess.Popen(
+        [*prefix, COMMAND, "doctor", "--serve", "127.0.0.1:0", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        line = process.stderr.readline()
+        assert line.startswith("serving on 127.0.0.1:"), line
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_server_that_waits(number):
+    with serving(without_device()) as (process, _):
+        process.send_signal(number)
+        _output, told = process.communicate(timeout=10)
+        assert (process.returncode, told.count("\n")) == (5, 1)
+        assert "cancelled while waiting for a host that asks" in told
+
+
+def test_two_hosts_without_rdma_tell_each_other_so():
+    with serving(without_device()) as (process, peer):
+        asked = run("doctor", "--json", "--peer", peer, prefix=without_device())
+        output, told = process.communicate(timeout=30)
+    assert (asked.returncode, process.returncode, told) == (3, 3, "")
+    ours, theirs = json.loads(asked.stdout), json.loads(output)
+    assert ours["path"] == theirs["path"]
+    assert ours["path"]["level"] == "blocker"
+    assert "takes no RDMA" in ours["path"]["message"]
+    assert [f["check"] for f in ours["peer"]["findings"]] == [
+        f["check"] for f in theirs["findings"]
+    ]
