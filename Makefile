@@ -48,6 +48,13 @@ SEED ?=
 soak: setup ## migrations that fail at random steps, and what they leave: make soak N=1000
 	$(if $(LAB),$(LAB) --timeout 86400 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_soak.py --runs $(N) $(if $(SEED),--seed $(SEED))
 
+SECONDS_EACH ?= 60
+.PHONY: fuzz
+fuzz: setup ## fuzz the decoders, guided by coverage: make fuzz SECONDS_EACH=600
+	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
+		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS_EACH)
+
 # Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
 .PHONY: docker-test
 docker-test: ## build the container images and run all of docs/docker.md with a real Docker engine
