@@ -193,8 +193,20 @@ def engine(directory: Path, *drivers: str, keep: bool = False) -> Iterator[None]
             if saved is not None:
                 os.environ["DOCKER_HOST"] = saved
             stop(process)
+            # An engine leaves the network namespace of its containers mounted.
+            unmount_below(Path(run_directory))
             if not keep:
+                unmount_below(directory)
                 shutil.rmtree(directory, ignore_errors=True)
+
+
+def unmount_below(directory: Path) -> None:
+    """Unmount what is mounted within a directory, so that it can be removed."""
+    with open("/proc/self/mountinfo", encoding="utf-8") as lines:
+        mounted = [line.split()[4].encode().decode("unicode_escape") for line in lines]
+    for path in reversed(mounted):
+        if path.startswith(f"{directory}/"):
+            quiet("umount", "--lazy", path)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
