@@ -50,10 +50,13 @@ soak: setup ## migrations that fail at random steps, and what they leave: make s
 
 SECONDS_EACH ?= 60
 .PHONY: fuzz
-fuzz: setup ## fuzz the decoders, guided by coverage: make fuzz SECONDS_EACH=600
+fuzz: PACKAGES += clang libclang-rt-14-dev
+fuzz: setup ## fuzz decoders and Cython code: make fuzz SECONDS_EACH=600
 	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
 		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS_EACH)
+	$(BIN)/python tests/fuzz/sanitize.py --seconds 20 --prove
+	$(BIN)/python tests/fuzz/sanitize.py --seconds $(SECONDS_EACH)
 
 # Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
 .PHONY: docker-test
