@@ -58,6 +58,10 @@ fuzz: setup ## fuzz decoders and Cython code: make fuzz SECONDS_EACH=600
 	$(BIN)/python tests/fuzz/sanitize.py --seconds 20 --prove
 	$(BIN)/python tests/fuzz/sanitize.py --seconds $(SECONDS_EACH)
 
+.PHONY: fuzz-live
+fuzz-live: setup ## connections with a peer that changes what it says: make fuzz-live N=10000
+	$(if $(LAB),$(LAB) --timeout 86400 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_fuzz.py --runs $(N) $(if $(SEED),--seed $(SEED))
+
 # Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
 .PHONY: docker-test
 docker-test: ## build the container images and run all of docs/docker.md with a real Docker engine

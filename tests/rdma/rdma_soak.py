@@ -185,8 +185,20 @@ def clear(room: Path) -> None:
         shutil.rmtree(path)
 
 
-def soak(runs: int, seed: int, progress: Callable[[Report], None] | None = None) -> Report:
-    """Run that many migrations after the warm-up."""
+Trial = Callable[[int, int, Path, Path], tuple[str, bool | None, MigrationError | None]]
+
+
+def soak(
+    runs: int,
+    seed: int,
+    progress: Callable[[Report], None] | None = None,
+    trial: Trial = one,
+) -> Report:
+    """Run that many migrations after the warm-up.
+
+    ``trial`` gets a number, a seed, a snapshot to send and an empty directory. It returns what it
+    did, whether the migration had to complete (None where it may do either), and its error.
+    """
     report = Report()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
@@ -203,7 +215,7 @@ def soak(runs: int, seed: int, progress: Callable[[Report], None] | None = None)
             # The warm-up has seeds of its own: with --runs 1 the one run has the seed given.
             own_seed = seed + number - WARM_UP
             try:
-                what, has_to_complete, error = one(number, own_seed, kept, room)
+                what, has_to_complete, error = trial(number, own_seed, kept, room)
             except Hangs:
                 report.hangs.append(f"seed {own_seed}")
                 continue
@@ -215,7 +227,7 @@ def soak(runs: int, seed: int, progress: Callable[[Report], None] | None = None)
                 report.completed += 1
             else:
                 report.failed += 1
-            if has_to_complete is not (error is None):
+            if has_to_complete not in (None, error is None):
                 report.wrong.append(f"{what}: {error or 'it completed'}")
             elif error is not None and "unexpected" in str(error):
                 report.wrong.append(f"{what}: {error}")
@@ -236,28 +248,30 @@ def soak(runs: int, seed: int, progress: Callable[[Report], None] | None = None)
     return report
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(name: str = "soak", text: str = __doc__, trial: Trial = one) -> int:
+    """The command line of a soak; ``name`` and ``text`` are how it calls itself."""
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    print(f"soak: {args.runs} migrations from seed {args.seed}", file=sys.stderr, flush=True)
+    print(f"{name}: {args.runs} migrations from seed {args.seed}", file=sys.stderr, flush=True)
 
     def progress(report: Report) -> None:
         print(
-            f"{report.runs} runs, {report.failed} failed on purpose, {resident_kib()} KiB resident",
+            f"{report.runs} runs, {report.failed} failed, {len(report.wrong)} wrong, "
+            f"{resident_kib()} KiB resident",
             file=sys.stderr,
             flush=True,
         )
 
-    report = soak(args.runs, args.seed, progress)
+    report = soak(args.runs, args.seed, progress, trial)
     if args.json:
         print(json.dumps(asdict(report)))
     else:
         print(
             f"{report.runs} migrations in {report.seconds} s: {report.completed} completed, "
-            f"{report.failed} failed as they were made to, {len(report.wrong)} ended otherwise, "
+            f"{report.failed} failed as they may, {len(report.wrong)} ended otherwise, "
             f"{len(report.hangs)} hung; left: {report.leaks or 'nothing'}; memory grew by "
             f"{report.grown_kib} KiB"
         )
