@@ -28,7 +28,8 @@ def test_messages_are_really_changed():
     """What it says is, most of the time, something else than what it was told to say."""
 
     class Silent:
-        said: list[bytes] = []
+        def __init__(self) -> None:
+            self.said: list[bytes] = []
 
         def send(self, raw: bytes, *, wait: bool = True) -> None:
             self.said.append(raw)
@@ -37,7 +38,6 @@ def test_messages_are_really_changed():
     changed, kinds = 0, set()
     for seed in range(200):
         peer = Silent()
-        peer.said = []
         send = rdma_fuzz.Changed(peer, random.Random(seed), 1)
         send(plain)
         assert peer.said == [plain.encode()]
