@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -230,8 +231,11 @@ def soak(
                 half = resident_kib()
             # The warm-up has seeds of its own: with --runs 1 the one run has the seed given.
             own_seed = seed + number - WARM_UP
+            # What hangs outside of all waits ends the process, and shows where.
+            faulthandler.dump_traceback_later(kit.patience(6 * HANG), exit=True)
             try:
-                what, has_to_complete, error = trial(number, own_seed, kept, room)
+                # Odd seeds are of one end, even ones of the other: a seed alone repeats a run.
+                what, has_to_complete, error = trial(own_seed, own_seed, kept, room)
             except Hangs:
                 report.hangs.append(f"seed {own_seed}")
                 continue
@@ -249,6 +253,7 @@ def soak(
                 report.wrong.append(f"{what}: {error}")
             if progress and report.runs % 50 == 0:
                 progress(report)
+        faulthandler.cancel_dump_traceback_later()
         # The kernel takes a moment to give back what a peer had.
         deadline = time.monotonic() + kit.patience(5)
         while True:
