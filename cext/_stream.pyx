@@ -10,6 +10,7 @@ Wire: docs/protocol.md, pages in the stream.
 
 from libc.errno cimport ENXIO, errno
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from pages cimport SEEK_DATA, SEEK_HOLE, lseek, rm_is_zero, rm_next_bit
@@ -212,6 +213,27 @@ TOO_LONG = _TOO_LONG
 BAD_XBZRLE = _BAD_XBZRLE
 
 
+# What load_pages() and encode_pages() count, each at its index.
+cdef enum:
+    _NORMAL
+    _DUPLICATE
+    _XBZRLE_PAGES
+    _XBZRLE_BYTES
+    _UNCHANGED
+    _OVERFLOW
+    _CACHE_MISS
+    _COUNTERS
+
+NORMAL = _NORMAL
+DUPLICATE = _DUPLICATE
+XBZRLE_PAGES = _XBZRLE_PAGES
+XBZRLE_BYTES = _XBZRLE_BYTES
+UNCHANGED = _UNCHANGED
+OVERFLOW = _OVERFLOW
+CACHE_MISS = _CACHE_MISS
+COUNTERS = _COUNTERS
+
+
 def ram_handle_compressed(uint8_t[::1] host not None, int ch):
     """Fill ``host`` with the byte ``ch``, but store nothing where zeros would replace zeros.
 
@@ -289,7 +311,7 @@ cdef void _zero(uint8_t *ram, int fd, size_t start, size_t end, size_t page) noe
 
 
 def load_pages(const uint8_t[::1] data not None, size_t at, bytes name, uint8_t[::1] ram, int fd,
-               size_t page):
+               size_t page, uint64_t[::1] counters not None):
     """Take page records of one RAM block from ``data`` into its memory.
 
     Args:
@@ -300,6 +322,7 @@ def load_pages(const uint8_t[::1] data not None, size_t at, bytes name, uint8_t[
         fd: the file that is mapped there from its beginning, which has holes where nothing was
             written; -1 for none.
         page: bytes of a page, a power of two.
+        counters: COUNTERS words that are added to.
 
     Returns:
         Where it stopped, and why: at an INCOMPLETE record, at a word that is not a page's, at a
@@ -311,7 +334,11 @@ def load_pages(const uint8_t[::1] data not None, size_t at, bytes name, uint8_t[
     cdef const uint8_t *d = NULL
     cdef uint8_t *memory = NULL
     cdef const uint8_t *block = NULL
+    cdef uint64_t *count
     cdef int stop = _INCOMPLETE
+    if counters.shape[0] < _COUNTERS:
+        raise ValueError("no room for the counters")
+    count = &counters[0]
     if at > n:
         raise IndexError(f"records from byte {at} of {n}")
     if n:
@@ -373,11 +400,13 @@ def load_pages(const uint8_t[::1] data not None, size_t at, bytes name, uint8_t[
                     zero_start = offset
                     zero_end = offset + page
                 here += 1
+                count[_DUPLICATE] += 1
             elif kind == PAGE:
                 if n - here < page:
                     break
                 memcpy(memory + offset, d + here, page)
                 here += page
+                count[_NORMAL] += 1
             else:
                 if n - here < 3:
                     break
@@ -395,26 +424,111 @@ def load_pages(const uint8_t[::1] data not None, size_t at, bytes name, uint8_t[
                     stop = _BAD_XBZRLE
                     break
                 here += size
+                count[_XBZRLE_PAGES] += 1
+                count[_XBZRLE_BYTES] += here - at
             at = here
         if zero_end > zero_start:
             _zero(memory, fd, zero_start, zero_end, page)
     return at, stop
 
 
-# What encode_pages() counts, each at its index.
-cdef enum:
-    _NORMAL
-    _DUPLICATE
-    _COUNTERS
+cdef class PageCache:
+    """Pages as the destination has them: what XBZRLE encodes new ones against.
 
-NORMAL = _NORMAL
-DUPLICATE = _DUPLICATE
-COUNTERS = _COUNTERS
+    Each address has one slot, where it may stand. A page keeps its slot from others for as long as
+    it was sent in this round of the migration or in the one before. Not for two threads at a time.
+
+    Args:
+        pages: how many it holds at most, a power of two.
+        page: bytes of a page.
+
+    Raises:
+        MemoryError: there is no room for it. Memory is taken as it fills.
+    """
+
+    cdef size_t slots, page
+    cdef uint64_t *keys      # address + 1; 0 where nothing is
+    cdef uint64_t *ages      # the round in which it was sent last
+    cdef uint8_t *data
+    cdef uint8_t *scratch    # a page that nobody writes while it is encoded
+
+    def __cinit__(self, size_t pages, size_t page):
+        if pages == 0 or pages & (pages - 1) or page == 0 or page > RM_ULEB_MAX:
+            raise ValueError(f"a cache of {pages} pages of {page} bytes")
+        self.slots = pages
+        self.page = page
+        self.keys = <uint64_t *>calloc(pages, sizeof(uint64_t))
+        self.ages = <uint64_t *>calloc(pages, sizeof(uint64_t))
+        self.data = <uint8_t *>calloc(pages, page)
+        self.scratch = <uint8_t *>malloc(page)
+        if not (self.keys and self.ages and self.data and self.scratch):
+            raise MemoryError(f"a cache of {pages} pages")
+
+    def __dealloc__(self):
+        free(self.keys)
+        free(self.ages)
+        free(self.data)
+        free(self.scratch)
+
+    def take_over(self, PageCache other not None):
+        """Take the pages of another cache, the youngest where two meet in one slot."""
+        cdef size_t slot, mine
+        cdef uint64_t key
+        if other.page != self.page:
+            raise ValueError(f"pages of {other.page} bytes for a cache of {self.page}")
+        with nogil:
+            for slot in range(other.slots):
+                key = other.keys[slot]
+                if key == 0:
+                    continue
+                mine = self.slot(key - 1)
+                if self.keys[mine] == 0 or self.ages[mine] < other.ages[slot]:
+                    self.keys[mine] = key
+                    self.ages[mine] = other.ages[slot]
+                    memcpy(self.data + mine * self.page, other.data + slot * self.page, self.page)
+
+    def clear(self):
+        """Forget all pages."""
+        with nogil:
+            memset(self.keys, 0, self.slots * sizeof(uint64_t))
+
+    def __len__(self):
+        cdef size_t slot, count = 0
+        with nogil:
+            for slot in range(self.slots):
+                count += self.keys[slot] != 0
+        return count
+
+    cdef size_t slot(self, uint64_t address) noexcept nogil:
+        return <size_t>(address // self.page) & (self.slots - 1)
+
+    cdef uint8_t *find(self, uint64_t address) noexcept nogil:
+        cdef size_t slot = self.slot(address)
+        return self.data + slot * self.page if self.keys[slot] == address + 1 else NULL
+
+    # The page was sent as `content` (NULL: as zeros) in round `age`.
+    cdef void put(self, uint64_t address, const uint8_t *content, uint64_t age) noexcept nogil:
+        cdef size_t slot = self.slot(address)
+        cdef uint8_t *here = self.data + slot * self.page
+        if self.keys[slot] != address + 1 and self.keys[slot] and age < self.ages[slot] + 2:
+            return
+        self.keys[slot] = address + 1
+        self.ages[slot] = age
+        if content == NULL:
+            memset(here, 0, self.page)
+        else:
+            memcpy(here, content, self.page)
+
+    cdef void drop(self, uint64_t address) noexcept nogil:
+        cdef size_t slot = self.slot(address)
+        if self.keys[slot] == address + 1:
+            self.keys[slot] = 0
 
 
 def encode_pages(const uint8_t[::1] ram not None, size_t first, const uint64_t[::1] dirty,
                  bytes name not None, int fd, uint64_t[::1] extent not None, size_t page,
-                 uint8_t[::1] out not None, uint64_t[::1] counters not None):
+                 uint8_t[::1] out not None, uint64_t[::1] counters not None,
+                 PageCache cache=None, uint64_t address=0, uint64_t age=0, bint last=False):
     """Encode a RAM block's pages from page ``first`` on, until ``out`` is full or no page is left.
 
     The first record names the block, so what is in ``out`` can be loaded after any other.
@@ -432,6 +546,10 @@ def encode_pages(const uint8_t[::1] ram not None, size_t first, const uint64_t[:
         page: bytes of a page.
         out: room for at least one record.
         counters: COUNTERS words that are added to.
+        cache: what the destination has; None for no XBZRLE.
+        address: of the block in the cache, a multiple of ``page``.
+        age: the round of the migration.
+        last: what is sent now is not sent again, so that the cache need not learn it.
 
     Returns:
         Bytes written, and the page to go on with (the number of pages when done).
@@ -440,11 +558,13 @@ def encode_pages(const uint8_t[::1] ram not None, size_t first, const uint64_t[:
     cdef size_t name_length = <size_t>len(name), room = <size_t>out.shape[0], head
     cdef const uint8_t *block = name
     cdef const uint64_t *bits = NULL
+    cdef const uint8_t *old
+    cdef uint8_t *record
     cdef uint64_t at = first, offset, flags
-    cdef long found
     cdef uint64_t *count
-    cdef bint zero
-    if name_length > 255 or room < 9 + name_length + page:
+    cdef long found
+    cdef int size
+    if name_length > 255 or room < 9 + name_length + 3 + page:
         raise ValueError(f"{room} bytes hold no page of {page} of block {name!r}")
     if dirty is not None:
         if <size_t>dirty.shape[0] * 64 < pages:
@@ -453,6 +573,8 @@ def encode_pages(const uint8_t[::1] ram not None, size_t first, const uint64_t[:
             bits = &dirty[0]
     if extent.shape[0] < 2 or counters.shape[0] < _COUNTERS:
         raise ValueError("no room for the extent or the counters")
+    if cache is not None and cache.page != page:
+        raise ValueError(f"a cache for pages of {cache.page} bytes")
     count = &counters[0]
     with nogil:
         while at < pages:
@@ -461,9 +583,10 @@ def encode_pages(const uint8_t[::1] ram not None, size_t first, const uint64_t[:
                 if at >= pages:
                     break
             head = 8 if used else 9 + name_length
-            if room - used < head + page:
+            if room - used < head + 3 + page:
                 break
             offset = at * page
+            at += 1
             if fd >= 0 and offset >= extent[1]:
                 # Data from extent[0] to extent[1], and a hole before it from where we are.
                 found = lseek(fd, <long>offset, SEEK_DATA)
@@ -474,22 +597,58 @@ def encode_pages(const uint8_t[::1] ram not None, size_t first, const uint64_t[:
                     extent[0] = <uint64_t>found
                     found = lseek(fd, found, SEEK_HOLE)
                     extent[1] = <uint64_t>found if found > 0 else pages * page
-            zero = (fd >= 0 and offset + page <= extent[0]) or rm_is_zero(&ram[offset], page)
-            flags = ZERO if zero else PAGE
-            if used:
-                flags |= CONTINUE
-            rm_put_be64(&out[used], offset | flags)
+            record = &out[used + head]
+            if (fd >= 0 and offset + page <= extent[0]) or rm_is_zero(&ram[offset], page):
+                flags = ZERO
+                record[0] = 0
+                size = 1
+                count[_DUPLICATE] += 1
+                if cache is not None:
+                    if last:
+                        cache.drop(address + offset)
+                    else:
+                        cache.put(address + offset, NULL, age)
+            else:
+                old = cache.find(address + offset) if cache is not None else NULL
+                flags = PAGE
+                if old != NULL:
+                    # The guest may write while this reads: what is encoded, what the destination
+                    # gets and what the cache keeps must be the same.
+                    memcpy(cache.scratch, &ram[offset], page)
+                    size = rm_xbzrle_encode(old, cache.scratch, page, record + 3, page)
+                    if size == 0:
+                        count[_UNCHANGED] += 1
+                        cache.put(address + offset, cache.scratch, age)
+                        continue
+                    if size > 0:
+                        flags = XBZRLE
+                        record[0] = ENCODING_XBZRLE
+                        record[1] = <uint8_t>(size >> 8)
+                        record[2] = <uint8_t>(size & 255)
+                        size += 3
+                        count[_XBZRLE_PAGES] += 1
+                        count[_XBZRLE_BYTES] += head + <size_t>size
+                    else:
+                        count[_OVERFLOW] += 1
+                        memcpy(record, cache.scratch, page)
+                else:
+                    memcpy(record, &ram[offset], page)
+                    if cache is not None:
+                        count[_CACHE_MISS] += 1
+                if flags == PAGE:
+                    size = <int>page
+                    count[_NORMAL] += 1
+                if cache is not None:
+                    if last:
+                        # It is not what the destination has any more.
+                        cache.drop(address + offset)
+                    elif old == NULL:
+                        cache.put(address + offset, record, age)
+                    else:
+                        cache.put(address + offset, cache.scratch, age)
+            rm_put_be64(&out[used], offset | flags | (CONTINUE if used else 0))
             if not used:
                 out[8] = <uint8_t>name_length
                 memcpy(&out[9], block, name_length)
-            used += head
-            if zero:
-                out[used] = 0
-                used += 1
-                count[_DUPLICATE] += 1
-            else:
-                memcpy(&out[used], &ram[offset], page)
-                used += page
-                count[_NORMAL] += 1
-            at += 1
+            used += head + <size_t>size
     return used, at

@@ -9,7 +9,7 @@ import pytest
 
 from rdma_mig.errors import RemoteProtocolError
 from rdma_mig.memory import DirtyBitmap, RamBlock
-from rdma_mig.memory.page_stream import PIECE_SIZE, PageReader, PageWriter
+from rdma_mig.memory.page_stream import PIECE_SIZE, PageCounters, PageReader, PageWriter
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.wire.stream import (
     StreamBlock,
@@ -98,9 +98,12 @@ def test_records_of_every_kind_at_once(ram):
     parts, main, bios = stream()
     fill(ram, 0, 3 * PAGE, b"old")
     data = b"##" + b"".join(parts)
-    assert PageReader(ram).load(data + END, 2) == len(data)
+    reader = PageReader(ram)
+    assert reader.load(data + END, 2) == len(data)
     assert contents(ram) == main
     assert contents(ram, 1) == bios
+    counted = PageCounters(normal=4, duplicate=4, xbzrle_pages=1, xbzrle_bytes=len(parts[6]))
+    assert reader.counters == counted
 
 
 def test_records_that_are_cut_anywhere(ram):

@@ -84,7 +84,8 @@ def test_sdist_is_the_tracked_tree(sdist_files, tree):
 def test_sdist_has_no_product_of_a_build(sdist_files):
     products = (".so", ".o", ".pyc", ".whl", ".gz", ".log", ".c")
     parts = {part for name in sdist_files for part in name.split("/")}
-    assert not [name for name in sdist_files if name.endswith(products)]
+    written = {"tests/memory/writer.c"}
+    assert not [name for name in set(sdist_files) - written if name.endswith(products)]
     assert not parts & {"__pycache__", "build", "dist", ".venv", ".git", ".lab", "test-logs"}
     assert not [part for part in parts if part.endswith("_cache")]
 
@@ -93,7 +94,7 @@ def test_every_source_file_names_its_licence(sdist_files):
     without = [
         name
         for name, content in sdist_files.items()
-        if name.endswith((".py", ".pyx", ".pxd", ".pxi", ".S"))
+        if name.endswith((".py", ".pyx", ".pxd", ".pxi", ".S", ".c"))
         and b"SPDX-License-Identifier: Apache-2.0" not in b"".join(content.splitlines(True)[:2])
     ]
     assert without == []
