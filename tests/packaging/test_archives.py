@@ -66,6 +66,7 @@ def test_sdist_is_the_tracked_tree(sdist_files, tree):
         "LICENSE",
         "Makefile",
         "README.md",
+        "cext/_dirty.pyx",
         "cext/_pages.pyx",
         "cext/_stream.pyx",
         "cext/_verbs.pyx",
@@ -104,7 +105,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, tree):
     name, wheel = built
     sources = kit.check(["git", "ls-files", "-z", "rdma_mig"], cwd=tree).split("\0")[:-1]
     assert all(source.endswith((".py", ".pyi", "py.typed")) for source in sources)
-    layers = ["_pages", "_stream", *(["_verbs"] if name == "wheel" else [])]
+    layers = ["_dirty", "_pages", "_stream", *(["_verbs"] if name == "wheel" else [])]
     assert set(members(wheel)) == {
         *sources,
         *(f"rdma_mig/{layer}{EXT_SUFFIX}" for layer in layers),
@@ -192,7 +193,7 @@ def test_the_rdma_layer_links_the_system_s_libraries(wheel, tmp_path):
     assert "(RUNPATH)" not in text
 
 
-@pytest.mark.parametrize("layer", ["_pages", "_stream"])
+@pytest.mark.parametrize("layer", ["_dirty", "_pages", "_stream"])
 def test_the_page_kernels_need_the_c_library_only(built, tmp_path, layer):
     libraries = needed(dynamic(built[1], layer, tmp_path))
     assert all(name.startswith(("libc.so", "libm.so", "ld-linux")) for name in libraries)
