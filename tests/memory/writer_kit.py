@@ -84,13 +84,14 @@ class Race:
     def stopped(self):
         """Stop the writer, and resume it."""
         self.control.pause = 1
-        while not self.control.paused:
+        # A writer that has ended is as good as one that is stopped.
+        while not (self.control.paused or self.control.stop):
             time.sleep(0)
         try:
             yield
         finally:
             self.control.pause = 0
-            while self.control.paused:
+            while self.control.paused and not self.control.stop:
                 time.sleep(0)
 
     def run(self, tracker, exchanges, seconds=120.0):
