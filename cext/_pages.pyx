@@ -11,6 +11,8 @@ caller can say in one line which block of which file or machine it was about.
 from libc.errno cimport EINTR, EINVAL, EIO, ENXIO, errno
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
+from pages cimport SEEK_DATA, SEEK_HOLE, lseek, rm_is_zero, rm_next_bit
+
 cdef extern from *:
     """
     #ifndef _GNU_SOURCE
@@ -25,41 +27,6 @@ cdef extern from *:
     #ifndef MADV_POPULATE_WRITE
     #define MADV_POPULATE_WRITE 23
     #endif
-
-    /* A data page mostly shows itself in its first bytes, a zero page must be read to its end:
-       so blocks of 256 bytes, each a plain OR that the compiler vectorises, with a way out after
-       each. memcpy because a slice may begin at any address. */
-    static int rm_is_zero(const unsigned char *p, size_t n)
-    {
-        while (n >= 256) {
-            uint64_t w[32], any = 0;
-            memcpy(w, p, sizeof w);
-            for (int i = 0; i < 32; i++)
-                any |= w[i];
-            if (any)
-                return 0;
-            p += 256;
-            n -= 256;
-        }
-        while (n--)
-            if (*p++)
-                return 0;
-        return 1;
-    }
-
-    /* First bit at or after `from` that is set (flip 0) or clear (flip all ones); `end` if none. */
-    static uint64_t rm_next_bit(const uint64_t *w, uint64_t from, uint64_t end, uint64_t flip)
-    {
-        while (from < end) {
-            uint64_t word = (w[from / 64] ^ flip) >> (from % 64);
-            if (word) {
-                from += (uint64_t)__builtin_ctzll(word);
-                return from < end ? from : end;
-            }
-            from = (from / 64 + 1) * 64;
-        }
-        return end;
-    }
 
     static void rm_assign(uint64_t *w, uint64_t from, uint64_t end, int value)
     {
@@ -107,8 +74,6 @@ cdef extern from *:
         (void)sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE);
     }
     """
-    int rm_is_zero(const uint8_t *p, size_t n) nogil
-    uint64_t rm_next_bit(const uint64_t *w, uint64_t start, uint64_t end, uint64_t flip) nogil
     void rm_assign(uint64_t *w, uint64_t start, uint64_t end, int value) nogil
     uint64_t rm_count(const uint64_t *w, uint64_t words) nogil
     void rm_touch_write(uint8_t *p, size_t n, size_t page) nogil
@@ -116,13 +81,10 @@ cdef extern from *:
     int rm_reserve(int fd, long offset, long length) nogil
     void rm_start_writeback(int fd, long offset, long length) nogil
     int MADV_POPULATE_WRITE
-    int SEEK_DATA
-    int SEEK_HOLE
     int madvise(void *address, size_t length, int advice) nogil
     int fallocate(int fd, int mode, long offset, long length) nogil
     ssize_t pwrite(int fd, const void *data, size_t length, long offset) nogil
     ssize_t pread(int fd, void *data, size_t length, long offset) nogil
-    long lseek(int fd, long offset, int whence) nogil
 
 cdef uint64_t ALL_ONES = <uint64_t>0xffffffffffffffff
 

@@ -92,7 +92,18 @@ class LocalProtocolError(ProtocolError):
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent something that the protocol does not allow here."""
+    """The peer sent something that the protocol does not allow here.
+
+    Args:
+        at: which byte of what it sent: of the whole stream, or of a piece of it that was given to
+            who raises this; None where that is no question.
+    """
+
+    def __init__(
+        self, message: str, *, remedy: str = "", owner: str = "", at: int | None = None
+    ) -> None:
+        super().__init__(message, remedy=remedy, owner=owner)
+        self.at = at
 
 
 class MigrationTimeout(MigrationError):

@@ -10,8 +10,8 @@ Wire: docs/protocol.md, stream.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Literal, TypeVar
+from collections.abc import Callable, Generator
+from typing import Literal, Protocol, TypeVar
 
 from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
 from rdma_mig.wire.fields import decode_text
@@ -108,6 +108,7 @@ __all__ = [
     "Event",
     "Hook",
     "MachineUuid",
+    "PageSink",
     "RamEnd",
     "RamPart",
     "RamStart",
@@ -147,6 +148,21 @@ _COMMAND_LENGTHS = {
     CommandType.SWITCHOVER_START: (0,),
 }
 _POSTCOPY_REMEDY = "switch the capability postcopy-ram off at the source"
+_PAGE_WORD = sum(_PAGE_FLAGS)
+
+
+class PageSink(Protocol):
+    """What takes the pages that come in the stream, where they do."""
+
+    def load(self, data: bytes | bytearray | memoryview, at: int) -> int:
+        """Take the page records at ``data[at:]``; return where they end.
+
+        That is at an incomplete record, or at a word that is not a page's.
+
+        Raises:
+            RemoteProtocolError: a record is wrong; its ``at`` is where it begins in ``data``.
+        """
+        ...
 
 
 class StreamParser:
@@ -159,12 +175,22 @@ class StreamParser:
     A :class:`Hook` is an event of its own: the caller serves the registration phase before it asks
     for the next event. Memory: the bytes that were fed and not yet parsed, and one block list.
 
+    Args:
+        page_sink: called once, with the :class:`RamStart` that was handed over before, when the
+            first page comes in the stream; pages go to what it returns. None refuses pages, as is
+            right over RDMA.
+
     Wire: docs/protocol.md, stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, page_sink: Callable[[RamStart], PageSink] | None = None) -> None:
+        self._page_sink = page_sink
+        self._pages: PageSink | None = None
+        self._start: RamStart | None = None
         self._buffer = bytearray()
         self._at = 0
+        self._field_at = 0
+        self._dropped = 0
         self._raw: bytearray | None = bytearray()
         self._section_id: int | None = None
         self._guest_addresses = False
@@ -192,6 +218,8 @@ class StreamParser:
         """Append bytes of the stream."""
         if self._at:
             del self._buffer[: self._at]
+            self._dropped += self._at
+            self._field_at -= self._at
             self._at = 0
         self._buffer += data
 
@@ -199,8 +227,8 @@ class StreamParser:
         """Return the next event; None when more bytes are needed, or in device state.
 
         Raises:
-            RemoteProtocolError: the stream is broken or holds what cannot be served; raised again
-                by every later call.
+            RemoteProtocolError: the stream is broken or holds what cannot be served, and ``at``
+                which byte of the stream; raised again by every later call.
         """
         if self._error is not None:
             raise self._error
@@ -211,6 +239,8 @@ class StreamParser:
         except StopIteration:
             return None
         except RemoteProtocolError as error:
+            error.at = self._dropped + (self._field_at if error.at is None else error.at)
+            error.message += f" (byte {error.at} of the stream)"
             self._error = error
             raise
 
@@ -235,6 +265,7 @@ class StreamParser:
 
     def _take(self, count: int) -> _Step[bytes]:
         yield from self._need(count)
+        self._field_at = self._at
         data = bytes(self._buffer[self._at : self._at + count])
         self._at += count
         if self._raw is not None:
@@ -401,7 +432,8 @@ class StreamParser:
         self._awaiting = "the RAM block list"
         total, blocks = yield from self._blocks()
         self._section_id = section_id
-        yield RamStart(section_id, instance_id, version, total, blocks)
+        self._start = RamStart(section_id, instance_id, version, total, blocks)
+        yield self._start
         yield from self._body("start")
 
     def _blocks(self) -> _Step[tuple[int, tuple[StreamBlock, ...]]]:
@@ -453,13 +485,16 @@ class StreamParser:
     def _body(self, kind: _Kind) -> _Step[None]:
         while True:
             self._awaiting = "the HOOK or EOS of the RAM section"
+            if self._page_sink is not None:
+                self._awaiting = "pages, or the EOS of the RAM section"
+                yield from self._load_pages()
             word = yield from self._uint(8)
             if word == RAM_SAVE_FLAG_HOOK:
                 yield Hook()
             elif word == RAM_SAVE_FLAG_EOS:
                 break
             else:
-                raise _bad_word(word)
+                raise _bad_word(word, pages=self._page_sink is not None)
         self._awaiting = "the byte behind the RAM section"
         has_footer = (yield from self._peek()) == QEMU_VM_SECTION_FOOTER
         if has_footer:
@@ -474,17 +509,33 @@ class StreamParser:
             self._device_state = True
         yield SectionEnd(kind, has_footer)
 
+    def _load_pages(self) -> _Step[None]:
+        """Hand pages to the sink, up to a word that is none."""
+        while True:
+            yield from self._need(8)
+            if not int.from_bytes(self._buffer[self._at : self._at + 8], "big") & _PAGE_WORD:
+                return
+            if self._pages is None:
+                assert self._page_sink is not None
+                assert self._start is not None
+                self._pages = self._page_sink(self._start)
+            before = self._at
+            self._at = self._pages.load(self._buffer, before)
+            if self._at == before:
+                yield from self._need(self.buffered + 1)
 
-def _bad_word(word: int) -> RemoteProtocolError:
+
+def _bad_word(word: int, *, pages: bool) -> RemoteProtocolError:
     flags = word % PAGE_SIZE
-    pages = [name for flag, name in _PAGE_FLAGS.items() if flags & flag]
-    if pages:
+    names = [name for flag, name in _PAGE_FLAGS.items() if flags & flag]
+    if names:
         return RemoteProtocolError(
-            f"pages came in the stream (RAM word {word:#x}, {'|'.join(pages)}), "
+            f"pages came in the stream (RAM word {word:#x}, {'|'.join(names)}), "
             "over RDMA they are written directly",
             remedy="switch postcopy-ram, xbzrle and compress off at the source",
         )
     remedy = "switch multifd off at the source" if flags & RAM_SAVE_FLAG_MULTIFD_FLUSH else ""
+    allowed = "pages, HOOK (0x80) and EOS (0x10)" if pages else "HOOK (0x80) and EOS (0x10)"
     return RemoteProtocolError(
-        f"RAM section has word {word:#x}, allowed are HOOK (0x80) and EOS (0x10)", remedy=remedy
+        f"RAM section has word {word:#x}, allowed are {allowed}", remedy=remedy
     )

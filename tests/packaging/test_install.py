@@ -209,7 +209,9 @@ def test_every_module_can_be_imported(installed, tree):
         ".".join(path.relative_to(tree).with_suffix("").parts).removesuffix(".__init__")
         for path in sources.rglob("*.py")
     }
-    assert set(names.split()) == wanted - {"rdma_mig"} | {"rdma_mig._pages"}
+    assert set(names.split()) == wanted - {"rdma_mig"} | {
+        f"rdma_mig.{layer}" for layer in ("_dirty", "_pages", "_stream")
+    }
     assert loaded == "", "importing a module has loaded pyverbs or the RDMA libraries"
 
 
