@@ -153,7 +153,7 @@ def check_metadata(raw: bytes) -> None:
     requires = metadata.get_all("Requires-Dist")
     # pyverbs is the distribution's: required, pip would build another that does not fit.
     assert [line for line in requires if "extra ==" not in line] == ["xxhash>=3.0"]
-    assert set(metadata.get_all("Provides-Extra")) == {"pypi", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"pypi", "test", "fuzz", "dev"}
     assert [line for line in requires if line.startswith("pyverbs")] == [
         'pyverbs<60,>=59; extra == "pypi"'
     ]
