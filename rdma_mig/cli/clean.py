@@ -2,7 +2,8 @@
 """``rdma-migrate clean``: list, and remove, what runs that did not finish have left.
 
 With ``--json`` a list of objects: ``path``, ``kind`` ("partial" or "incomplete"), ``in_use`` (a run
-works on it), ``disk_bytes``, ``removed``.
+works on it), ``disk_bytes``, ``has_ram`` (all RAM is on disk: `recover` may
+use it), ``removed``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def add_parser(subparsers: Any) -> None:
         "--remove", action="store_true", help="remove partials on which no run works any more"
     )
     parser.add_argument(
-        "--incomplete", action="store_true", help="with --remove: DIR.incomplete as well"
+        "--incomplete",
+        action="store_true",
+        help="with --remove: DIR.incomplete as well, and partials that hold all RAM",
     )
     parser.add_argument("-j", "--json", action="store_true", help="JSON instead of text")
     parser.set_defaults(run=run)
@@ -58,12 +61,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         for leftover in find(args.place):
             wanted = args.remove and not leftover.in_use
-            removed = wanted and (leftover.kind == "partial" or args.incomplete)
+            # What has all RAM may be the only copy of a machine, whatever it is called.
+            may_matter = leftover.kind == "incomplete" or leftover.has_ram
+            removed = wanted and (args.incomplete or not may_matter)
             if removed:
                 remove(leftover)
             shown.append(asdict(leftover) | {"path": str(leftover.path), "removed": removed})
             if not args.json:
                 state = "a run works on it" if leftover.in_use else leftover.kind
+                if leftover.has_ram and not leftover.in_use:
+                    state += ", with all RAM: see rdma-migrate recover"
                 state = "removed" if removed else state
                 print(f"{printable(leftover.path)}  {human(leftover.disk_bytes)}  {state}")
     finally:

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MigrationError: it failed; the exit status is the error's.
     """
-    from rdma_mig.cli.reporting import Reporter, drive
+    from rdma_mig.cli.reporting import Reporter, drive, tracing_to
     from rdma_mig.migration.rdma import RdmaOptions, rdma_start_incoming_migration
     from rdma_mig.migration.receive import SnapshotDestination
     from rdma_mig.migration.state import Migration
@@ -104,7 +104,10 @@ def run(args: argparse.Namespace) -> int:
     reporter = Reporter(
         as_json=args.json, quiet=args.quiet, verbose=args.verbose, ready_fd=args.ready_fd
     )
-    with Migration(reporter) as migration:
+    with (
+        tracing_to(args.trace, "incoming", reporter) as trace,
+        Migration(reporter, trace) as migration,
+    ):
 
         def start() -> None:
             rdma_start_incoming_migration(

@@ -79,5 +79,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("-j", "--json", action="store_true", help="print events, one JSON a line")
+    output.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what happens to this file: control messages, registrations, the commit point",
+    )
     output.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary")
     output.add_argument("-v", "--verbose", action="store_true", help="say more of the connection")

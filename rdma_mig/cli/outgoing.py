@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MigrationError: it failed; the exit status is the error's.
     """
-    from rdma_mig.cli.reporting import Reporter, drive
+    from rdma_mig.cli.reporting import Reporter, drive, tracing_to
     from rdma_mig.migration.rdma import RdmaOptions, rdma_start_outgoing_migration
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.state import Migration
@@ -63,7 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
     RdmaAddress.parse(args.uri, listening=False)
     reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
-    with Snapshot.open(args.directory) as snapshot, Migration(reporter) as migration:
+    with (
+        Snapshot.open(args.directory) as snapshot,
+        tracing_to(args.trace, "outgoing", reporter) as trace,
+        Migration(reporter, trace) as migration,
+    ):
         if before := snapshot.restorations():
             reporter.warn(
                 f"this snapshot was sent to a QEMU before ({before[-1]}): if that guest has run "

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -22,8 +23,9 @@ from rdma_mig.migration.events import (
     Warned,
 )
 from rdma_mig.migration.state import Migration
+from rdma_mig.tracing import Trace
 
-__all__ = ["Reporter", "drive"]
+__all__ = ["Reporter", "drive", "tracing_to"]
 
 _PHASES = {
     "load": "reading the snapshot",
@@ -167,6 +169,20 @@ class Reporter:
             f"  confirmed     {event.confirmed}",
         ]
         print("\n".join(lines), flush=True)
+
+
+@contextlib.contextmanager
+def tracing_to(path: str | None, role: str, reporter: Reporter) -> Iterator[Trace | None]:
+    """Open the file of --trace, and say at the end when it is not whole; None without one."""
+    if path is None:
+        yield None
+        return
+    with Trace(path, role) as trace:
+        try:
+            yield trace
+        finally:
+            if trace.failure:
+                reporter.warn(f"the trace in {path} ends early: {trace.failure}")
 
 
 def drive(migration: Migration, reporter: Reporter, start: Callable[[], None]) -> int:

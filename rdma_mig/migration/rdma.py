@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import LocalProtocolError, MigrationError
@@ -98,7 +98,12 @@ def rdma_start_incoming_migration(
     migration.become_current()
     load()
     guard = _guard(migration, options.allow)
-    listener = IncomingListener(address, migration.cancellation, options.endpoint, guard)
+    endpoint = replace(options.endpoint, trace=migration.trace)
+
+    def refused(peer: str, why: str) -> None:
+        migration.emit(Warned(f"turned {peer} away: {why}"))
+
+    listener = IncomingListener(address, migration.cancellation, endpoint, guard, refused)
     try:
         if _quarrels_with_qemu(listener):
             migration.emit(
@@ -209,7 +214,7 @@ def _outgoing(
         address,
         ram,
         migration.cancellation,
-        options.endpoint,
+        replace(options.endpoint, trace=migration.trace),
         TransportLimits(options.total_seconds, options.stall_seconds),
         pin_all=options.pin_all,
         return_path=options.return_path,

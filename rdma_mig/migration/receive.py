@@ -190,10 +190,10 @@ class SnapshotDestination:
                 if migration.state.status is MigrationStatus.DEVICE:
                     self._commit_point(migration, transport)
             case RamPart():
-                migration.state.rounds += 1
+                migration.note_round(last=False)
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case RamEnd():
-                migration.state.rounds += 1
+                migration.note_round(last=True)
                 migration.state.status = MigrationStatus.DEVICE
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case SectionEnd():
@@ -275,6 +275,8 @@ class SnapshotDestination:
         self._reserved = time.monotonic() - began
         self._ram_is_whole = True
         if not transport.has_return_path:
+            if not transport.final_ack:
+                transport.next_ready_commits()
             self.writer.keep_on_failure = True
             migration.state.owner = _COMMITTED
 
@@ -344,7 +346,39 @@ class SnapshotDestination:
 
         for guest in self._ram:
             self.writer.write_ram(guest.index, lambda: migration.cancellation.requested, progress)
+        self._note_written()
+
+    def _note_written(self) -> None:
+        """Say so on disk: should this process be killed, `rdma-migrate recover` goes on from it."""
         self._ram_is_written = True
+        try:
+            self._note_on_disk()
+        except SnapshotError:
+            # Behind the commit point space is set aside for all that a snapshot needs, and not for
+            # this: it is no reason to fail.
+            if not self._ram_is_whole:
+                raise
+
+    def _note_on_disk(self) -> None:
+        assert self._head is not None
+        assert self._head.machine is not None
+        assert self._start is not None
+        self.writer.note_written(
+            machine=self._head.machine,
+            ram_section_id=self._start.section_id,
+            # The footer of RAM's last section has not been seen where --sync is before; the
+            # sections ahead of it end in the same way.
+            footers=self._footers,
+            shared=self._shared_list(),
+        )
+
+    def _shared_list(self) -> list[SharedBlock]:
+        assert self._start is not None
+        return [
+            SharedBlock(position, RamBlock(block.idstr, block.length, None, block.guest_address))
+            for position, block in enumerate(self._start.blocks)
+            if block.idstr in self._shared.names
+        ]
 
     def _rescue(self, migration: Migration) -> str:
         """Keep what there is after a failure behind the commit point; say what, and where.
@@ -358,6 +392,7 @@ class SnapshotDestination:
             try:
                 for guest in self._ram:
                     self.writer.write_ram(guest.index)
+                self._note_written()
                 what = "RAM and device state as far as it came"
             except SnapshotError:
                 what = "what could be written"
@@ -383,14 +418,7 @@ class SnapshotDestination:
                 footers=self._footers,
                 eof_offset=self._scanner.eof_offset,
                 keep_on_failure=not transport.has_return_path,
-                shared=[
-                    SharedBlock(
-                        position,
-                        RamBlock(block.idstr, block.length, None, block.guest_address),
-                    )
-                    for position, block in enumerate(self._start.blocks)
-                    if block.idstr in self._shared.names
-                ],
+                shared=self._shared_list(),
             )
         except MigrationError as error:
             if transport.final_ack:
@@ -400,7 +428,7 @@ class SnapshotDestination:
         self._written = time.monotonic()
         confirmed = "the source ended the connection after the whole stream"
         if transport.final_ack:
-            transport.acknowledge(FinalAck(0))
+            self._acknowledge(migration, transport)
         if transport.has_return_path:
             self._tell(migration, transport)
             confirmed = "the source was told on its return path that everything is on disk"
@@ -434,6 +462,14 @@ class SnapshotDestination:
             )
         )
 
+    def _acknowledge(self, migration: Migration, transport: RdmaIncoming) -> None:
+        hands_over = not transport.has_return_path
+        if hands_over:
+            migration.note_commit("destination", "FINAL_ACK", "before")
+        transport.acknowledge(FinalAck(0))
+        if hands_over:
+            migration.note_commit("destination", "FINAL_ACK", "passed")
+
     def _tell(self, migration: Migration, transport: RdmaIncoming) -> None:
         """Let the source go, by the word that it waits for on its return path.
 
@@ -441,8 +477,10 @@ class SnapshotDestination:
         it loses that name again: both ends must never be taken for the machine's.
         """
         migration.state.owner = _NOT_KNOWN
+        migration.note_commit("destination", "SHUT", "before")
         try:
             transport.shut(_DISCONNECT_SECONDS)
+            migration.note_commit("destination", "SHUT", "passed")
         except MigrationError as error:
             kept = self.writer.withdraw()
             error.remedy = "; ".join(

@@ -140,11 +140,11 @@ class SnapshotSource:
             done += guest.block.length
             migration.emit(Progress("transfer", done, self.ram.total))
         ram_control_after_iterate(file, RAM_CONTROL_FINISH)
-        migration.state.rounds = 1
+        migration.note_round(last=True)
         migration.state.status = MigrationStatus.DEVICE
         file.put(encode_eos() + footer)
         file.flush()
-        confirmed = self._device_state(file, transport)
+        confirmed = self._device_state(migration, file, transport)
         ended = time.monotonic()
         if transport.final_ack:
             if manifest.eof_offset == manifest.device_state.size:
@@ -167,6 +167,7 @@ class SnapshotSource:
                 )
             if not transport.final_ack:
                 confirmed = "the destination said on the return path that it has loaded everything"
+        migration.note_commit("source", "EOF", "passed")
         if not transport.final_ack:
             self._note_restoration(migration, transport.peer)
         transport.finish()
@@ -182,7 +183,7 @@ class SnapshotSource:
                 Warned(f"that this snapshot was restored is not noted in it: {error.message}")
             )
 
-    def _device_state(self, file: QEMUFile, transport: RdmaOutgoing) -> str:
+    def _device_state(self, migration: Migration, file: QEMUFile, transport: RdmaOutgoing) -> str:
         """Send the device state so that its borders show how far the destination came.
 
         A QEMU asks for more only when it has parsed what it has. So one message ends before the
@@ -195,7 +196,9 @@ class SnapshotSource:
         try:
             file.put(state[: eof - 1])
             file.flush()
-            transport.wait_ready("its loading all device state")(state[eof - 1 : eof])
+            send = transport.wait_ready("its loading all device state")
+            migration.note_commit("source", "EOF", "before")
+            send(state[eof - 1 : eof])
             confirmed = "the destination loaded all device state and asked for the end mark"
             piece = transport.stream_message  # a description is asked for again after each
             for at in range(eof, len(state), piece):

@@ -13,6 +13,7 @@ from enum import StrEnum
 from rdma_mig.closing import Closing
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.migration.events import MigrationEvent
+from rdma_mig.tracing import Trace
 from rdma_mig.waits import Cancel
 
 __all__ = ["Migration", "MigrationState", "MigrationStatus", "migrate_get_current"]
@@ -68,11 +69,17 @@ class Migration(Closing):
 
     Args:
         on_event: called on the worker thread with what happens (rdma_mig.migration.events).
+        trace: told in detail what happens; None for no trace. Closed by its owner, after this.
 
     The context manager cancels what still runs and waits for its end.
     """
 
-    def __init__(self, on_event: Callable[[MigrationEvent], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_event: Callable[[MigrationEvent], None] | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self.trace = trace
         self.state = MigrationState()
         self.cancellation = Cancel()
         self._on_event = on_event
@@ -125,6 +132,8 @@ class Migration(Closing):
             state.status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
             if not self._error.owner:
                 self._error.owner = state.owner
+        if self.trace is not None:
+            self.trace.record("end", status=str(state.status), message=str(self._error or ""))
 
     @property
     def running(self) -> bool:
@@ -159,6 +168,23 @@ class Migration(Closing):
         """Tell whoever follows this migration."""
         if self._on_event is not None:
             self._on_event(event)
+
+    def note_round(self, *, last: bool) -> None:
+        """Count a RAM phase after setup."""
+        self.state.rounds += 1
+        if self.trace is not None:
+            self.trace.record("round", number=self.state.rounds, last=last)
+
+    def note_commit(self, role: str, by: str, state: str) -> None:
+        """Put the commit point into the trace (docs/reliability.md, trace).
+
+        Args:
+            role: "source" or "destination".
+            by: what hands the virtual machine over: "READY", "SHUT", "FINAL_ACK", "EOF".
+            state: "before" it is sent, or "passed".
+        """
+        if self.trace is not None:
+            self.trace.record("commit", role=role, by=by, state=state)
 
     # ---- the end ----
 

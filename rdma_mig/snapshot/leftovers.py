@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rdma_mig.errors import SnapshotError
 from rdma_mig.snapshot import _fs
-from rdma_mig.snapshot.manifest import CONFIG, DESCRIPTION, DEVICE_STATE, MANIFEST, RAM
+from rdma_mig.snapshot.manifest import CONFIG, DESCRIPTION, DEVICE_STATE, MANIFEST, RAM, WRITTEN
 
 __all__ = ["Leftover", "abandoned", "find", "parent_lock", "remove"]
 
 _NAME = re.compile(r"(?P<of>.+)\.(?P<kind>partial-[0-9]+|incomplete)(\.[0-9]+)?")
-_OURS = frozenset({MANIFEST, CONFIG, DEVICE_STATE, DESCRIPTION, RAM})
+_OURS = frozenset({MANIFEST, CONFIG, DEVICE_STATE, DESCRIPTION, RAM, WRITTEN, f"{WRITTEN}.new"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,15 @@ class Leftover:
             point, which may be the only copy of a virtual machine.
         in_use: a run works on it.
         disk_bytes: what it takes on disk.
+        has_ram: all RAM is on disk: it may be the only copy of a virtual machine, and recover()
+            may make a snapshot of it.
     """
 
     path: Path
     kind: str
     in_use: bool
     disk_bytes: int
+    has_ram: bool = False
 
 
 def find(place: Path) -> list[Leftover]:
@@ -73,7 +76,16 @@ def find(place: Path) -> list[Leftover]:
 def _look(directory: int, parent: Path, name: str, kind: str) -> Leftover:
     with _fs.closing(_fs.open_directory(name, directory)) as opened:
         size = _disk_bytes(opened)
-    return Leftover(parent / name, kind, not abandoned(directory, name), size)
+        has_ram = _has_ram(opened)
+    return Leftover(parent / name, kind, not abandoned(directory, name), size, has_ram)
+
+
+def _has_ram(directory: int) -> bool:
+    for name in (WRITTEN, MANIFEST):
+        with contextlib.suppress(OSError):
+            if os.stat(name, dir_fd=directory, follow_symlinks=False).st_size:
+                return True
+    return False
 
 
 def _disk_bytes(directory: int) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "MAX_HEAD",
     "MAX_MANIFEST",
     "RAM",
+    "WRITTEN",
     "BlockRecord",
     "FileRecord",
     "Manifest",
@@ -54,6 +55,8 @@ RAM: Final = "ram"
 DEVICE_STATE: Final = "vmstate.bin"
 DESCRIPTION: Final = "vmdesc.json"
 RESTORED: Final = "restored"
+WRITTEN: Final = "written.json"
+"""In what a run has left: that RAM is on disk, and all that the manifest says but device state."""
 
 MAX_MANIFEST = 16 << 20
 MAX_BLOCKS = 4096

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -404,7 +405,8 @@ def _cannot_open(error: OSError, path: Path) -> SnapshotError:
                 return SnapshotError(
                     f"there is no snapshot {shown}, only "
                     f"{_fs.printable(path.parent / name)}, left by {meaning}",
-                    remedy="it is not complete and cannot be used: take the snapshot again",
+                    remedy="whether it is whole, and a snapshot all the same, finds out: "
+                    f"rdma-migrate recover {shlex.quote(str(path.parent / name))}",
                 )
     return SnapshotError(f"there is no snapshot {shown}", remedy="check the path")
 

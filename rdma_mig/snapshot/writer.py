@@ -28,6 +28,7 @@ from rdma_mig.snapshot.manifest import (
     MAX_DEVICE_STATE,
     MAX_HEAD,
     RAM,
+    WRITTEN,
     BlockRecord,
     FileRecord,
     Manifest,
@@ -284,6 +285,48 @@ class SnapshotWriter:
         self._records[index] = record
         return record.data_bytes
 
+    def note_written(
+        self,
+        *,
+        machine: str,
+        ram_section_id: int,
+        footers: bool,
+        page_bits: int = 12,
+        shared: Sequence[SharedBlock] = (),
+    ) -> None:
+        """Say in the partial that all RAM is on disk, so that recovery.recover() can use it.
+
+        Args: as those of `commit`.
+        """
+        if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
+            raise RuntimeError("before the config and all RAM blocks were written")
+        manifest = Manifest(
+            machine=machine,
+            ram_section_id=ram_section_id,
+            footers=footers,
+            page_bits=page_bits,
+            blocks=tuple(self._records[index] for index in range(len(self._blocks))),
+            config=self._config,
+            device_state=FileRecord(1, hashlib.sha256(b"\0").hexdigest()),  # not known yet
+            eof_offset=1,
+            description=None,
+            shared=tuple(shared),
+        )
+        # Under another name first: it is there whole or not at all.
+        new = f"{WRITTEN}.new"
+        with _fs.failing("write", self._partial / WRITTEN):
+            try:
+                with _fs.closing(os.open(new, _CREATE, 0o600, dir_fd=self._dir)) as fd:
+                    _fs.write_all(fd, manifest.encode(), 0)
+                    os.fsync(fd)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(new, dir_fd=self._dir)
+                raise
+            os.rename(new, WRITTEN, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+            _fs.fsync_dir(RAM, self._dir)
+            os.fsync(self._dir)
+
     # -- the end ---------------------------------------------------------------------------------
 
     def commit(
@@ -358,6 +401,8 @@ class SnapshotWriter:
             _fs.write_all(self._manifest, raw, 0)
             os.ftruncate(self._manifest, len(raw))
             os.fsync(self._manifest)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(WRITTEN, dir_fd=self._dir)
             _fs.fsync_dir(RAM, self._dir)
             os.fsync(self._dir)
         try:
@@ -393,6 +438,9 @@ class SnapshotWriter:
             os.ftruncate(self._state, self._state_size)
             if self._description is None:
                 self._forget_description()
+            if os.fstat(self._manifest).st_size:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(WRITTEN, dir_fd=self._dir)
             if not os.fstat(self._manifest).st_size:
                 os.unlink(MANIFEST, dir_fd=self._dir)
             os.fsync(self._state)

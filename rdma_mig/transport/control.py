@@ -42,18 +42,27 @@ class TransportLimits:
 
 
 class ControlChannel:
-    """Sends and receives control messages over an endpoint."""
+    """Sends and receives control messages over an endpoint.
 
-    def __init__(self, endpoint: Endpoint, limits: TransportLimits) -> None:
+    Args:
+        endpoint: the connection.
+        limits: on its waits.
+        name: of the channel in the trace.
+    """
+
+    def __init__(self, endpoint: Endpoint, limits: TransportLimits, name: str = "control") -> None:
         self.endpoint = endpoint
         self.limits = limits
         self._verbs = load()
         self._peer_failed = False
+        self._name = name
+        self._trace = endpoint.trace
 
     # ---- raw ----
 
     def _post(self, message: ControlMessage, doing: str) -> None:
-        """Send a message and wait until it has arrived."""
+        """Send a message and wait until it has arrived; the trace has it afterwards."""
+        began = time.monotonic() if self._trace is not None else 0.0
         try:
             self.endpoint.queue.post_send(message.encode())
         except OSError as error:
@@ -61,14 +70,31 @@ class ControlChannel:
                 f"{message.type.name} cannot be sent to {self.endpoint.peer}: {error}"
             ) from error
         self.endpoint.wait(self._verbs.WAIT_SEND, doing, self.limits.next_wait())
+        if self._trace is not None:
+            self._trace.waited(doing, began)
+            self._record("out", message)
+
+    def _record(self, kind: str, message: ControlMessage) -> None:
+        assert self._trace is not None
+        self._trace.record(
+            kind,
+            channel=self._name,
+            type=message.type.name,
+            length=len(message.payload),
+            repeat=message.repeat,
+        )
 
     def _next(self, doing: str) -> ControlMessage:
         """Wait for the next message; ERROR in place of any other ends the migration."""
+        began = time.monotonic() if self._trace is not None else 0.0
         received = self.endpoint.queue.next_received()
         while received is None:
             self.endpoint.wait(self._verbs.WAIT_RECEIVE, doing, self.limits.next_wait())
             received = self.endpoint.queue.next_received()
         message = ControlMessage.decode(received)
+        if self._trace is not None:
+            self._trace.waited(doing, began)
+            self._record("in", message)
         if message.type is ControlType.ERROR:
             self._peer_failed = True
             raise PeerGone(
@@ -125,6 +151,10 @@ class ControlChannel:
     def receive(self, doing: str) -> ControlMessage:
         """Grant the peer one message, and wait for it."""
         self.grant()
+        return self.await_any(doing)
+
+    def await_any(self, doing: str) -> ControlMessage:
+        """Wait for the message that grant() let the peer send."""
         return self._next(doing)
 
     def await_message(self, wanted: ControlType, doing: str) -> ControlMessage:
@@ -168,3 +198,5 @@ class ControlChannel:
             while queue.outstanding_sends and queue.failure is None and not deadline.passed:
                 time.sleep(0.002)
                 queue.poll()
+            if self._trace is not None:
+                self._record("out", message)

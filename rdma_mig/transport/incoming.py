@@ -54,6 +54,7 @@ class IncomingListener:
         cancel: ends every wait.
         options: sizes and limits of the connection.
         guard: says of a client's numeric host why it is not served; None to serve everybody.
+        refused: told of a client, and why, that came over another device than was asked for.
 
     Attributes:
         address: as bound.
@@ -69,8 +70,9 @@ class IncomingListener:
         cancel: Cancel,
         options: EndpointOptions,
         guard: Callable[[str], str] | None = None,
+        refused: Callable[[str, str], None] | None = None,
     ) -> None:
-        self._listener = Listener(address.host, address.port, cancel, options, guard)
+        self._listener = Listener(address.host, address.port, cancel, options, guard, refused)
         self.address = RdmaAddress(*self._listener.address)
         self.device = self._listener.device
 
@@ -138,6 +140,8 @@ class RdmaIncoming:
         self._listener = listener
         self._return_path: ReturnPathWriter | None = None
         self._streaming = False
+        self._trace = endpoint.trace
+        self._commits = False
         self.control = ControlChannel(endpoint, limits)
         self.pin_all = asked.pin_all
         self.final_ack = bool(asked.extension and asked.extension.features & FEATURE_FINAL_ACK)
@@ -177,7 +181,11 @@ class RdmaIncoming:
 
     def read(self) -> bytes:
         """Ask for, and wait for, the next bytes of the stream; empty when it has ended."""
-        message = self.control.receive("the next part of the migration stream")
+        self.control.grant()
+        if self._commits and self._trace is not None:
+            self._trace.record("commit", role="destination", by="READY", state="passed")
+        self._commits = False
+        message = self.control.await_any("the next part of the migration stream")
         if message.type is ControlType.STREAM_END and self.final_ack:
             return b""
         if message.type is not ControlType.QEMU_FILE:
@@ -193,6 +201,12 @@ class RdmaIncoming:
     def write(self, data: bytes) -> None:
         """A destination's stream runs one way."""
         raise LocalProtocolError("a destination does not write the stream")
+
+    def next_ready_commits(self) -> None:
+        """Note that the READY which read() grants next lets the source go; for the trace."""
+        if self._trace is not None:
+            self._trace.record("commit", role="destination", by="READY", state="before")
+        self._commits = True
 
     # ---- RamControlHooks ----
 
@@ -303,6 +317,7 @@ class RdmaIncoming:
                         what=f"RAM block {guest.block.idstr}",
                         remote_write=True,
                         holder=guest.memory.hold("its memory region"),
+                        chunk=first,
                     ),
                     record.chunks,
                 )

@@ -148,7 +148,9 @@ class RdmaOutgoing:
             options, connect_seconds=min(options.connect_seconds, _RETURN_PATH_SECONDS)
         )
         try:
-            endpoint = connect(address.host, address.port, asked.encode(), self._cancel, options)
+            # To the very address that took the first one: a name may lead elsewhere by now.
+            host, port = self._endpoint.peer_host, address.port
+            endpoint = connect(host, port, asked.encode(), self._cancel, options)
         except (PeerGone, MigrationTimeout) as error:
             raise PeerGone(
                 f"{self._endpoint.peer} took no second connection, for the return path "
@@ -327,6 +329,7 @@ class RdmaOutgoing:
                     what=f"RAM block {guest.block.idstr}",
                     remote_write=False,
                     holder=guest.memory.hold("its memory region"),
+                    chunk=chunk,
                 )
             )
 

@@ -26,7 +26,7 @@ class ReturnPathWriter:
 
     def __init__(self, endpoint: Endpoint, limits: TransportLimits) -> None:
         self._endpoint = endpoint
-        self._control = ControlChannel(endpoint, limits)
+        self._control = ControlChannel(endpoint, limits, "return-path")
 
     def send(self, message: ReturnMessage) -> None:
         """Send one frame, when the source asks for one.
@@ -56,7 +56,7 @@ class ReturnPathReader:
 
     def __init__(self, endpoint: Endpoint, limits: TransportLimits, ping: int) -> None:
         self._endpoint = endpoint
-        self._control = ControlChannel(endpoint, limits)
+        self._control = ControlChannel(endpoint, limits, "return-path")
         self._parser = ReturnParser()
         self._ping = ping
         # At once, since our own destination waits for it. A QEMU posts its receive late, which our

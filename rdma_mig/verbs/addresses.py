@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -25,7 +26,7 @@ def pack(address: SockAddr) -> bytes:
             struct.pack("=H", family) + struct.pack(">H", port) + socket.inet_aton(host) + bytes(8)
         )
     name, _, scope = host.partition("%")
-    index = socket.if_nametoindex(scope) if scope else 0
+    index = int(scope) if scope.isdigit() else socket.if_nametoindex(scope) if scope else 0
     return (
         struct.pack("=H", family)
         + struct.pack(">HI", port, 0)
@@ -44,7 +45,13 @@ def unpack(raw: bytes) -> SockAddr | None:
         return family, socket.inet_ntoa(raw[4:8]), port
     name = socket.inet_ntop(socket.AF_INET6, raw[8:24])
     (index,) = struct.unpack_from("=I", raw, 24) if len(raw) >= 28 else (0,)
-    return family, f"{name}%{socket.if_indextoname(index)}" if index else name, port
+    if index:
+        # An interface that has gone meanwhile has no name; its number is a scope as well.
+        scope = str(index)
+        with contextlib.suppress(OSError):
+            scope = socket.if_indextoname(index)
+        name = f"{name}%{scope}"
+    return family, name, port
 
 
 def describe(raw: bytes) -> str:

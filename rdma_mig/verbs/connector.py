@@ -53,7 +53,7 @@ def connect(
         MigrationTimeout, MigrationCancelled: it took too long.
     """
     deadline = Deadline.after(options.connect_seconds)
-    events = EventChannel()
+    events = EventChannel(options.trace)
     try:
         choice = Choice.of(options.device, options.gid_index)
         found = addresses.resolve(host, port, cancel, deadline)

@@ -32,6 +32,7 @@ from rdma_mig.waits import Cancel, Deadline
 
 if TYPE_CHECKING:
     from rdma_mig import _verbs
+    from rdma_mig.tracing import Trace
     from rdma_mig.verbs.events import EventChannel
 
 __all__ = ["RNR_RETRY_FOREVER", "Endpoint", "EndpointOptions", "Holder"]
@@ -69,6 +70,7 @@ class EndpointOptions:
         probe_seconds: silence after which a liveness probe is sent.
         silence_seconds: how long a probe may go unanswered.
         device, gid_index: which device of this host, and which of its GIDs; None for any.
+        trace: told what happens on the connection; None for no trace.
     """
 
     slots: int = 4
@@ -79,6 +81,7 @@ class EndpointOptions:
     silence_seconds: float = 11.0
     device: str | None = None
     gid_index: int | None = None
+    trace: Trace | None = None
 
 
 class Endpoint(Closing):
@@ -120,6 +123,9 @@ class Endpoint(Closing):
         self._device_removed = False
         self._followers: list[Endpoint] = []
         self._regions: list[_verbs.MemoryRegion] = []
+        self.trace = options.trace
+        # What the regions are of, for the trace: block, first chunk, bytes.
+        self._traced: dict[_verbs.MemoryRegion, tuple[str, int | None, int]] = {}
         self._closing = contextlib.ExitStack()
         self._closed = False
         self._closing.callback(cmid.close)
@@ -216,6 +222,12 @@ class Endpoint(Closing):
         return 1 if self.iwarp else 0
 
     @property
+    def peer_host(self) -> str:
+        """Numeric address of the other end, as connect() takes it."""
+        found = addresses.host_of(self._verbs.peer_address(self.cmid))
+        return found[1] if found else ""
+
+    @property
     def is_connected(self) -> bool:
         """Whether the connection is established, as far as this end knows."""
         return self._connected
@@ -240,9 +252,18 @@ class Endpoint(Closing):
     # ---- memory ----
 
     def register(
-        self, address: int, length: int, *, what: str, remote_write: bool, holder: Holder | None
+        self,
+        address: int,
+        length: int,
+        *,
+        what: str,
+        remote_write: bool,
+        holder: Holder | None,
+        chunk: int | None = None,
     ) -> _verbs.MemoryRegion:
         """Pin and register ``length`` bytes at ``address``; the endpoint closes it at the latest.
+
+        ``chunk`` is the first chunk of the block, for the trace; None for all of it.
 
         Raises:
             HostError: the memory cannot be pinned; ``what`` names it in the message. The holder has
@@ -259,17 +280,26 @@ class Endpoint(Closing):
                 raise explain_registration(error, length, what) from error
             raise
         self._regions.append(region)
+        if self.trace is not None:
+            self._traced[region] = (what, chunk, length)
+            self.trace.record("register", block=what, chunk=chunk, bytes=length)
         return region
 
     def deregister(self, region: _verbs.MemoryRegion) -> None:
         """Withdraw one key given out by register()."""
         self._regions.remove(region)
-        region.close()
+        self._close_region(region)
 
     def deregister_all(self) -> None:
         """Withdraw every key given out by register(): nobody else can change that memory now."""
         while self._regions:
-            self._regions.pop().close()
+            self._close_region(self._regions.pop())
+
+    def _close_region(self, region: _verbs.MemoryRegion) -> None:
+        region.close()
+        if self.trace is not None:
+            what, chunk, length = self._traced.pop(region)
+            self.trace.record("deregister", block=what, chunk=chunk, bytes=length)
 
     # ---- waiting ----
 

@@ -8,13 +8,17 @@ import errno
 import select
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGone
+from rdma_mig.verbs import addresses
 from rdma_mig.verbs.endpoint import Endpoint
 from rdma_mig.verbs.host import devices, require_rdma
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
+
+if TYPE_CHECKING:
+    from rdma_mig.tracing import Trace
 
 __all__ = ["Event", "EventChannel", "event_error", "nobody_listens"]
 
@@ -62,9 +66,14 @@ def _no_channel(error: Any) -> HostError:
 
 
 class EventChannel:
-    """An rdma_cm event channel; it hands events to whom they concern. Closed by its owner."""
+    """An rdma_cm event channel; it hands events to whom they concern. Closed by its owner.
 
-    def __init__(self) -> None:
+    Args:
+        trace: told of every event; None for no trace.
+    """
+
+    def __init__(self, trace: Trace | None = None) -> None:
+        self._trace = trace
         require_rdma()
         self._verbs = load()
         from pyverbs.cmid import CMEventChannel
@@ -134,9 +143,21 @@ class EventChannel:
                 private_data = bytes(raw.private_data or b"")
             if kind == CONNECT_REQUEST:
                 request = CMID(creator=raw, listen_id=self._listener)
+            if self._trace is not None:
+                self._record(kind, status, identifier, request)
             return Event(kind, status, identifier, private_data, request)
         finally:
             raw.ack_cm_event()
+
+    def _record(self, kind: int, status: int, identifier: int, request: Any) -> None:
+        peer = ""
+        if request is not None:
+            peer = addresses.describe(self._verbs.peer_address(request))
+        elif (endpoint := self._endpoints.get(identifier)) is not None:
+            peer = endpoint.peer
+        assert self._trace is not None
+        name = self._verbs.event_name(kind).removeprefix("RDMA_CM_EVENT_")
+        self._trace.record("cm", event=name, status=status, peer=peer)
 
     def dispatch(self) -> None:
         """Handle all events that are due, without waiting."""

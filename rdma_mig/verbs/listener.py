@@ -43,6 +43,7 @@ class Listener(Closing):
         options: for the connections.
         guard: given the numeric host of a client, returns why it is not served, or an empty text;
             asked before anything is made for the client. None: everybody is served.
+        refused: told of a client, and why, that came over another device or GID than asked for.
 
     Attributes:
         address: (host, port) as bound.
@@ -60,16 +61,18 @@ class Listener(Closing):
         cancel: Cancel,
         options: EndpointOptions,
         guard: Callable[[str], str] | None = None,
+        refused: Callable[[str, str], None] | None = None,
     ) -> None:
         from pyverbs.cmid import CMID
 
         self.cancel = cancel
         self.options = options
         self._verbs = load()
-        self.events = EventChannel()
+        self.events = EventChannel(options.trace)
         self._closed = False
         self.second: Endpoint | None = None
         self._guard = guard
+        self._refused = refused
         self._cmid: Any = None
         try:
             self._choice = Choice.of(options.device, options.gid_index)
@@ -180,9 +183,12 @@ class Listener(Closing):
         if self._guard is not None and (reason := self._guard(host[1] if host else "")):
             return reason
         try:
-            return self._choice.why_not(request)
+            reason = self._choice.why_not(request)
         except OSError:
             return "gone meanwhile"
+        if reason and self._refused is not None:
+            self._refused(addresses.describe(raw), reason)
+        return reason
 
     def _begin(self, event: Event, reply: bytes) -> Endpoint | None:
         """Build a client's connection and send the reply; None when the client has gone."""

@@ -36,6 +36,7 @@ from rdma_mig.migration.receive import SnapshotDestination
 from rdma_mig.migration.send import SnapshotSource
 from rdma_mig.migration.state import Migration
 from rdma_mig.snapshot import Snapshot
+from rdma_mig.tracing import Trace
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.listener import Listener
@@ -457,9 +458,9 @@ class End:
         events: what it has told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
         self.events: list[MigrationEvent] = []
-        self.migration = Migration(self.events.append)
+        self.migration = Migration(self.events.append, trace)
         self.uri = ""
 
     def fail(
@@ -489,10 +490,11 @@ def incoming(
     host: str = "",
     max_ram: int | None = None,
     sync_before: bool = False,
+    trace: Trace | None = None,
     **options: Any,
 ) -> Iterator[End]:
     """Our destination, listening."""
-    end = End()
+    end = End(trace)
     destination = SnapshotDestination(output, max_ram=max_ram, sync_before=sync_before)
     try:
         with end.migration:
@@ -511,9 +513,11 @@ def incoming(
 
 
 @contextlib.contextmanager
-def outgoing(directory: Path, uri: str, **options: Any) -> Iterator[End]:
+def outgoing(
+    directory: Path, uri: str, *, trace: Trace | None = None, **options: Any
+) -> Iterator[End]:
     """Our source, connecting."""
-    end = End()
+    end = End(trace)
     with Snapshot.open(directory) as snapshot:
         source = SnapshotSource(snapshot)
         try:

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a snapshot of what a run has left, where all of it had arrived."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from rdma_mig.errors import LocalProtocolError, SnapshotError
+from rdma_mig.snapshot import _fs
+from rdma_mig.snapshot.manifest import (
+    DESCRIPTION,
+    DEVICE_STATE,
+    MANIFEST,
+    MAX_DEVICE_STATE,
+    MAX_MANIFEST,
+    RAM,
+    WRITTEN,
+    FileRecord,
+    Manifest,
+)
+from rdma_mig.snapshot.reader import Snapshot
+from rdma_mig.wire.description import DeviceStateScanner
+
+__all__ = ["recover"]
+
+_LEFT = re.compile(r"(?P<of>.+)\.(partial-[0-9]+|incomplete)(\.[0-9]+)?")
+_RAM_IS_LOST = (
+    "the source has the virtual machine: `cont` there resumes it (QEMU: postmigrate), if it does "
+    "not run already"
+)
+
+
+def recover(left: Path) -> Path:
+    """Give a directory that a run has left its final name, when the whole machine is in it.
+
+    That is so when RAM was on disk and all device state had arrived. Everything is read and
+    compared with its digests before.
+
+    Args:
+        left: ``DIR.partial-PID`` or ``DIR.incomplete``.
+
+    Returns:
+        DIR.
+
+    Raises:
+        SnapshotError: something is missing, which the message names; a run works on it; DIR exists.
+            Nothing of what was left is lost.
+    """
+    left = Path(os.path.abspath(left))
+    shown = _fs.printable(left)
+    match = _LEFT.fullmatch(left.name)
+    if match is None:
+        raise SnapshotError(
+            f"{shown} is not what a run has left",
+            remedy="name a DIR.partial-PID or DIR.incomplete; rdma-migrate clean DIR lists them",
+        )
+    with contextlib.ExitStack() as stack:
+        with _fs.failing("open", left):
+            parent = stack.enter_context(_fs.closing(_fs.open_directory(left.parent, follow=True)))
+            directory = stack.enter_context(_fs.closing(_fs.open_directory(left.name, parent)))
+            # Made again where it was removed, since it was empty.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            lock = stack.enter_context(
+                _fs.closing(os.open(MANIFEST, flags, 0o600, dir_fd=directory))
+            )
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SnapshotError(f"a run works on {shown}", remedy="wait for its end") from None
+        if not os.fstat(lock).st_size:
+            _complete(left, directory, lock)
+        with _fs.failing("clean up", left), contextlib.suppress(FileNotFoundError):
+            os.unlink(WRITTEN, dir_fd=directory)
+        with Snapshot.open(left) as snapshot:
+            snapshot.verify()
+        with _fs.failing("make durable", left):
+            _fs.fsync_dir(RAM, directory)
+            os.fsync(directory)
+        final = left.parent / match["of"]
+        try:
+            _fs.rename_noreplace(parent, left.name, final.name)
+        except FileExistsError:
+            raise SnapshotError(
+                f"{_fs.printable(final)} exists already; {shown} is whole",
+                remedy="move one of them away",
+            ) from None
+        except OSError as error:
+            raise _fs.failure(error, f"rename {left.name} to", final) from error
+        with _fs.failing("make durable the new name", final):
+            os.fsync(parent)
+    return final
+
+
+def _complete(left: Path, directory: int, lock: int) -> None:
+    """Write the manifest that the run did not come to write."""
+    shown = _fs.printable(left)
+    try:
+        with open(_fs.open_file(WRITTEN, directory), "rb") as file:
+            written = Manifest.decode(file.read(MAX_MANIFEST), _fs.printable(left / WRITTEN))
+    except FileNotFoundError:
+        raise SnapshotError(
+            f"{shown} lacks RAM, which had not been written to disk when the run ended",
+            owner=_RAM_IS_LOST,
+            remedy="migrate again; with --sync before RAM is on disk before the source lets go",
+        ) from None
+    except OSError as error:
+        raise _fs.failure(error, "read", left / WRITTEN) from error
+    with (
+        _fs.failing("read", left / DEVICE_STATE),
+        open(_fs.open_file(DEVICE_STATE, directory), "rb") as file,
+    ):
+        state = file.read(MAX_DEVICE_STATE)
+        os.fsync(file.fileno())
+    scanner = DeviceStateScanner()
+    scanner.feed(state)
+    try:
+        eof = scanner.eof_offset
+    except LocalProtocolError:
+        raise SnapshotError(
+            f"{shown} has all RAM and lacks device state: {len(state)} bytes arrived, and they do "
+            "not end where a machine's state does",
+            owner=_RAM_IS_LOST,
+            remedy="migrate again",
+        ) from None
+    description = None
+    if scanner.complete:
+        raw = scanner.description
+        description = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
+    with _fs.failing("write", left):
+        if description is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(DESCRIPTION, dir_fd=directory)
+        else:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            with _fs.closing(os.open(DESCRIPTION, flags, 0o600, dir_fd=directory)) as fd:
+                _fs.write_all(fd, raw, 0)
+                os.ftruncate(fd, len(raw))
+                os.fsync(fd)
+        manifest = replace(
+            written,
+            device_state=FileRecord(len(state), hashlib.sha256(state).hexdigest()),
+            eof_offset=eof,
+            description=description,
+        ).encode()
+        _fs.write_all(lock, manifest, 0)
+        os.ftruncate(lock, len(manifest))
+        os.fsync(lock)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the trace of a migration: each record is in the file before what it tells of goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rdma_mig.closing import Closing
+from rdma_mig.errors import UsageError
+from rdma_mig.wire.trace import TraceRecord
+
+__all__ = ["LONG_WAIT", "TRACE_VERSION", "Trace"]
+
+TRACE_VERSION = 1
+LONG_WAIT = 1.0
+"""A wait of so many seconds is a record of its own."""
+
+
+class Trace(Closing):
+    """A trace file; used from any thread.
+
+    One write() a record and nothing kept back: after SIGKILL the file has every record up to the
+    last event. A file that cannot be written any more ends the trace and not the migration.
+
+    Args:
+        path: made with mode 0600; a regular file is begun anew, a FIFO or device is written to.
+        role: "incoming" or "outgoing".
+
+    Attributes:
+        failure: why the trace has ended early; empty as long as it has not.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], role: str) -> None:
+        self._fd = -1
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self.failure = ""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+        try:
+            self._fd = os.open(Path(path), flags, 0o600)
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                # What others left readable may not get to know who migrates what.
+                os.fchmod(self._fd, 0o600)
+                os.ftruncate(self._fd, 0)
+        except OSError as error:
+            self.close()
+            raise UsageError(
+                f"the trace cannot be written to {os.fspath(path)}: {error.strerror}",
+                remedy="name another file with --trace",
+            ) from error
+        self.record("begin", version=TRACE_VERSION, role=role, clock=time.time())
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Write a record; its fields are those that rdma_mig.wire.trace has for the kind."""
+        line = TraceRecord(time.monotonic() - self._began, kind, fields).encode()
+        with self._lock:
+            if self._fd < 0:
+                return
+            try:
+                while line:
+                    line = line[os.write(self._fd, line) :]
+            except OSError as error:
+                self.failure = error.strerror or str(error)
+                self._close()
+
+    def waited(self, awaited: str, began: float) -> None:
+        """Record a wait that began at this moment of time.monotonic(), if it was a long one."""
+        seconds = time.monotonic() - began
+        if seconds >= LONG_WAIT:
+            self.record("wait", awaited=awaited, seconds=round(seconds, 6))
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close the file; records are ignored from now on. Idempotent."""
+        with self._lock:
+            self._close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            warnings.warn("unclosed Trace", ResourceWarning, stacklevel=2)
+            self.close()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace records: what a migration did and when, one JSON object a line.
+
+The kinds are listed in docs/reliability.md, trace.
+
+A record has `t`, seconds since the trace was begun (CLOCK_MONOTONIC), `kind`, and the fields of
+its kind. Kinds and fields are only ever added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
+
+__all__ = ["KINDS", "TraceRecord"]
+
+KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "begin": ("version", "role", "clock"),
+    "cm": ("event", "status", "peer"),
+    "out": ("channel", "type", "length", "repeat"),
+    "in": ("channel", "type", "length", "repeat"),
+    "register": ("block", "chunk", "bytes"),
+    "deregister": ("block", "chunk", "bytes"),
+    "round": ("number", "last"),
+    "wait": ("awaited", "seconds"),
+    "commit": ("role", "by", "state"),
+    "end": ("status", "message"),
+}
+"""The fields of each kind, in the order in which they are written."""
+
+_TEXT_MAX = 512  # characters; a longer one is cut, whatever a peer calls its blocks
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    """One line of a trace.
+
+    Attributes:
+        t: seconds since the trace was begun.
+        kind: what happened, one of `KINDS`.
+        fields: numbers, texts, booleans or None by name: those of the kind.
+    """
+
+    t: float
+    kind: str
+    fields: Mapping[str, Any]
+
+    def encode(self) -> bytes:
+        """Return the line, ASCII, its end included.
+
+        Raises:
+            LocalProtocolError: an unknown kind, or other fields than it has.
+        """
+        names = KINDS.get(self.kind)
+        if names is None or set(self.fields) != set(names):
+            raise LocalProtocolError(f"no trace record: {self.kind} with {sorted(self.fields)}")
+        content: dict[str, Any] = {"t": round(self.t, 6), "kind": self.kind}
+        for name in names:
+            value = self.fields[name]
+            content[name] = value[:_TEXT_MAX] if isinstance(value, str) else value
+        return json.dumps(content, separators=(",", ":")).encode("ascii") + b"\n"
+
+    @classmethod
+    def decode(cls, line: bytes) -> TraceRecord:
+        """Read a line; kinds and fields of a newer version are taken as they are.
+
+        Raises:
+            RemoteProtocolError: no trace record, or one that lacks a field of its kind.
+        """
+        try:
+            content = json.loads(line.decode("ascii"))
+        except (ValueError, RecursionError):
+            raise RemoteProtocolError("a line of the trace is no JSON") from None
+        if not isinstance(content, dict):
+            raise RemoteProtocolError("a line of the trace is no object")
+        t, kind = content.pop("t", None), content.pop("kind", None)
+        if type(t) not in (int, float) or not math.isfinite(t) or t < 0:
+            raise RemoteProtocolError("a trace record has no time")
+        if not isinstance(kind, str) or not kind:
+            raise RemoteProtocolError("a trace record has no kind")
+        if missing := set(KINDS.get(kind, ())) - set(content):
+            raise RemoteProtocolError(f"a trace record {kind[:32]!a} lacks {min(missing)}")
+        return cls(float(t), kind, content)

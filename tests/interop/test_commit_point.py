@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commit point of a real QEMU source without a return path.
+
+On which side of it
+`incoming` is killed, or its disk is full, decides who has the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from harness import Guest, Qemu, differences, free_port, read_blocks, snapshot_blocks
+from support import (
+    RDMA_MIGRATE,
+    Incoming,
+    assert_survives,
+    outgoing,
+    patience,
+    prompt,
+    rdma_uri,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
+
+BEFORE = {"kind": "commit", "by": "READY", "state": "before"}
+PASSED = {"kind": "commit", "by": "READY", "state": "passed"}
+# A QEMU source leaves when it has completed: all has arrived, and nothing has a final name yet.
+LEFT = {"kind": "cm", "event": "DISCONNECTED"}
+
+
+def records(trace: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in trace.read_text().splitlines()]
+
+
+def stopped_at(match: dict[str, str], source: Qemu, kept: Path, sync: str, **more: Any) -> Incoming:
+    """An incoming that stands right behind this record of its trace, in a migration."""
+    script = Path(harness.__file__).with_name("stopping.py")
+    trace = kept.parent / "trace"
+    prefix = [*more.pop("prefix", ()), sys.executable, script, json.dumps(match)]
+    incoming = Incoming(kept, "--sync", sync, "--trace", str(trace), prefix=prefix, **more)
+    try:
+        source.set_parameter("max-bandwidth", 0)
+        source.migrate(incoming.uri)
+        status = Path(f"/proc/{incoming.process.pid}/stat")
+        wait_for("its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", 60)
+    except BaseException:
+        incoming.__exit__(None, None, None)
+        raise
+    return incoming
+
+
+def kill(incoming: Incoming) -> float:
+    began = time.monotonic()
+    incoming.signal(signal.SIGKILL)
+    assert incoming.wait() == -signal.SIGKILL
+    return began
+
+
+def rdma_migrate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [RDMA_MIGRATE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("sync", ["before", "after"])
+def test_killed_just_before_it_the_guest_runs_again_by_itself(
+    source: Qemu, tmp_path: Path, sync: str
+):
+    kept = tmp_path / "kept"
+    with stopped_at(BEFORE, source, kept, sync) as incoming:
+        # Its monitor answers nothing now: it waits for the READY with its big lock held.
+        began = kill(incoming)
+        source.wait_status("running")
+        took = time.monotonic() - began
+        assert_survives(source)
+    assert took < prompt(), f"the guest stood still for {took:.2f} s more"
+    told = records(tmp_path / "trace")
+    assert BEFORE.items() <= told[-1].items()
+    last = [record for record in told if record["kind"] in ("in", "out")][-1]
+    assert (last["kind"], last["type"]) == ("in", "REGISTER_FINISHED"), "the READY was sent"
+    assert (tmp_path / "trace").stat().st_mode & 0o777 == 0o600
+    partial = tmp_path / f"kept.partial-{incoming.process.pid}"
+    assert set(tmp_path.iterdir()) == {partial, tmp_path / "trace"}
+    line = rdma_migrate("recover", partial)
+    assert line.returncode == 1
+    wanted = "lacks device state: 0 bytes arrived" if sync == "before" else "lacks RAM"
+    assert wanted in line.stderr
+
+
+@pytest.mark.parametrize("sync", ["before", "after"])
+def test_killed_when_the_source_has_let_go(tmp_path: Path, sync: str):
+    kept = tmp_path / "kept"
+    machine = {"machine": "q35", "guest": Guest.dirtying(4), "timeout": patience(60)}
+    with Qemu(**machine, name="source") as source:
+        source.set_capability("rdma-pin-all")
+        source.wait_heartbeat(2)
+        with stopped_at(LEFT, source, kept, sync) as incoming:
+            kill(incoming)
+        assert source.wait_status("postmigrate") == "postmigrate"
+        partial = tmp_path / f"kept.partial-{incoming.process.pid}"
+        listed = json.loads(rdma_migrate("clean", kept, "--remove", "--json").stdout)
+        if sync == "after":
+            # RAM was in the memory of the process and is gone: the source has the machine.
+            assert [(each["has_ram"], each["removed"]) for each in listed] == [(False, True)]
+            source.cont()
+            source.wait_heartbeat(2)
+            return
+        assert [(each["has_ram"], each["removed"]) for each in listed] == [(True, False)]
+        with outgoing(kept, rdma_uri(free_port())) as none:
+            assert f"rdma-migrate recover {partial}" in none.fail(1)
+        found = rdma_migrate("recover", partial)
+        assert found.returncode == 0, found.stderr
+        assert "postmigrate" in found.stdout
+        assert set(tmp_path.iterdir()) == {kept, tmp_path / "trace"}
+        blocks = read_blocks(source)
+        assert differences(blocks, snapshot_blocks(kept)) == []
+    port = free_port()
+    with (
+        Qemu(**machine, name="destination", incoming=rdma_uri(port)) as destination,
+        outgoing(kept, rdma_uri(port)) as back,
+    ):
+        back.succeed()
+        destination.wait_status("running")
+        destination.wait_heartbeat(2)
+
+
+def test_killed_just_behind_it_one_end_has_the_machine(tmp_path: Path):
+    """Device state takes several messages: the source, which waits for the next READY, goes on."""
+    with Qemu(machine="q35", guest=Guest.dirtying(4), timeout=patience(60)) as source:
+        source.set_capability("rdma-pin-all")
+        source.wait_heartbeat(2)
+        with stopped_at(PASSED, source, tmp_path / "kept", "before") as incoming:
+            began = kill(incoming)
+            source.wait_status("running")
+            assert time.monotonic() - began < prompt()
+        assert_survives(source)
+        partial = tmp_path / f"kept.partial-{incoming.process.pid}"
+        line = rdma_migrate("recover", partial)
+    assert line.returncode == 1
+    assert "has all RAM and lacks device state" in line.stderr
+    assert "if it does not run already" in line.stderr
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+
+
+@pytest.mark.root
+def test_disk_that_others_fill_behind_it_holds_what_was_set_aside(source: Qemu, tmp_path: Path):
+    small = tmp_path / "small"
+    small.mkdir()
+    script = f'mount -t tmpfs -o size=160m tmpfs {small} && exec "$@"'
+    mounted = ["unshare", "-m", "sh", "-c", script, "sh"]
+    with stopped_at(BEFORE, source, small / "kept", "after", prefix=mounted) as incoming:
+        beside = Path(f"/proc/{incoming.process.pid}/root{small}")
+        with pytest.raises(OSError, match="No space left"):
+            fill(beside / "filler")
+        assert os.statvfs(beside).f_bavail == 0
+        incoming.signal(signal.SIGCONT)
+        assert incoming.succeed().event("completed")["nonzero_bytes"] > 36 << 20
+        assert source.wait_status("postmigrate") == "postmigrate"
+        source.cont()
