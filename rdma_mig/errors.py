@@ -2,9 +2,9 @@
 """Everything that rdma-mig raises on purpose, and the exit status each kind ends in.
 
 A message is written for the operator who reads one line of it: what was awaited or done, by or
-from whom. The two things that line must not lack are fields of their own, so that nobody has to
-parse prose: ``remedy`` (what to do now, a command where there is one) and ``owner`` (which side
-can run the virtual machine after this failure).
+from whom. The three things that line must not lack are fields of their own, so that nobody has to
+parse prose: ``step`` (what the migration was at), ``owner`` (which side can run the virtual
+machine after this failure) and ``remedy`` (what to do now, a command where there is one).
 """
 
 from __future__ import annotations
@@ -44,19 +44,22 @@ class MigrationError(Exception):
         message: what happened, one line, without a final full stop.
         remedy: what the operator can do about it, one line; a command where there is one.
         owner: who owns the virtual machine now, one clause; empty where that is no question.
+        step: what the migration was at, a participle: "receiving device state"; empty outside one.
     """
 
     exit_status = ExitStatus.FAILED
 
-    def __init__(self, message: str, *, remedy: str = "", owner: str = "") -> None:
+    def __init__(self, message: str, *, remedy: str = "", owner: str = "", step: str = "") -> None:
         super().__init__(message)
+        self.step = step
         self.message = message
         self.remedy = remedy
         self.owner = owner
 
     def __str__(self) -> str:
         """The one line an operator reads."""
-        return "; ".join(part for part in (self.message, self.owner, self.remedy) if part)
+        happened = f"{self.message} (while {self.step})" if self.step else self.message
+        return "; ".join(part for part in (happened, self.owner, self.remedy) if part)
 
 
 class UsageError(MigrationError):

@@ -96,6 +96,7 @@ class Reporter:
                     {
                         "event": "failed",
                         "message": error.message,
+                        "step": error.step,
                         "owner": error.owner,
                         "remedy": error.remedy,
                         "exit_status": int(error.exit_status),

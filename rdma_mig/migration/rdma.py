@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError
+from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone, RemoteProtocolError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Connected, Listening, Warned
 from rdma_mig.migration.state import Migration, MigrationStatus
@@ -29,6 +29,8 @@ from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
 
 __all__ = ["RdmaOptions", "rdma_start_incoming_migration", "rdma_start_outgoing_migration"]
+
+_NOTHING_HANDED_OVER = "nothing was handed over, and the virtual machine is its source's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +151,36 @@ def _quarrels_with_qemu(listener: IncomingListener) -> bool:
     return ":" in listener.address.host and bool(listener.device) and is_ethernet(listener.device)
 
 
+def _complete(error: MigrationError, peer: str, other: str) -> None:
+    """See to it that a failure which the other end has to do with names it, and says what to do.
+
+    Args:
+        error: what is on its way to the operator.
+        peer: the other end's HOST:PORT.
+        other: what the other end is.
+    """
+    if not isinstance(error, (PeerGone, RemoteProtocolError)):
+        return
+    # Codecs know bytes and not whose: and a return path has another port.
+    if peer.rpartition(":")[0] not in error.message:
+        error.message = f"from {peer}: {error.message}"
+    if not error.remedy and isinstance(error, PeerGone):
+        error.remedy = f"see what the {other} says of it, mend that and migrate again"
+    elif not error.remedy:
+        error.remedy = (
+            f"make sure that the {other} is a QEMU or an rdma-migrate, see its messages and its "
+            "version, and migrate again"
+        )
+
+
 def _incoming(
     migration: Migration,
     listener: IncomingListener,
     process: Callable[[Migration, QEMUFile, RdmaIncoming], None],
     options: RdmaOptions,
 ) -> None:
+    migration.state.step = "waiting for a source"
+    migration.state.owner = _NOTHING_HANDED_OVER
     try:
         transport = listener.accept(
             Deadline.after(options.accept_seconds),
@@ -164,7 +190,8 @@ def _incoming(
             migration.state.status = MigrationStatus.ACTIVE
             migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
             process(migration, QEMUFile(transport, transport), transport)
-        except MigrationError:
+        except MigrationError as error:
+            _complete(error, transport.peer, "source")
             transport.abort()
             raise
         finally:
@@ -210,16 +237,21 @@ def _outgoing(
     save: Callable[[Migration, QEMUFile, RdmaOutgoing], None],
     options: RdmaOptions,
 ) -> None:
-    transport = RdmaOutgoing(
-        address,
-        ram,
-        migration.cancellation,
-        replace(options.endpoint, trace=migration.trace),
-        TransportLimits(options.total_seconds, options.stall_seconds),
-        pin_all=options.pin_all,
-        return_path=options.return_path,
-        stream_message=options.stream_message,
-    )
+    migration.state.step = "connecting"
+    try:
+        transport = RdmaOutgoing(
+            address,
+            ram,
+            migration.cancellation,
+            replace(options.endpoint, trace=migration.trace),
+            TransportLimits(options.total_seconds, options.stall_seconds),
+            pin_all=options.pin_all,
+            return_path=options.return_path,
+            stream_message=options.stream_message,
+        )
+    except MigrationError as error:
+        _complete(error, f"{address.host}:{address.port}", "destination")
+        raise
     try:
         migration.state.status = MigrationStatus.ACTIVE
         migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
@@ -228,7 +260,8 @@ def _outgoing(
                 Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used")
             )
         save(migration, QEMUFile(transport, transport), transport)
-    except MigrationError:
+    except MigrationError as error:
+        _complete(error, transport.peer, "destination")
         transport.abort()
         raise
     finally:

@@ -132,6 +132,7 @@ class SnapshotDestination:
             MigrationError: it failed; its ``owner`` says who owns the virtual machine.
         """
         migration.state.owner = _AT_SOURCE
+        migration.state.step = "receiving the machine's description"
         self._began = time.monotonic()
         try:
             self._load_ram(migration, file, transport)
@@ -187,6 +188,7 @@ class SnapshotDestination:
                 self._start_ram(event, migration, file, transport)
             case Hook():
                 ram_control_load_hook(file, RAM_CONTROL_HOOK)
+                migration.state.step = f"receiving RAM, round {migration.state.rounds + 1}"
                 if migration.state.status is MigrationStatus.DEVICE:
                     self._commit_point(migration, transport)
             case RamPart():
@@ -195,6 +197,7 @@ class SnapshotDestination:
             case RamEnd():
                 migration.note_round(last=True)
                 migration.state.status = MigrationStatus.DEVICE
+                migration.state.step = "receiving the last RAM"
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case SectionEnd():
                 self._footers = event.has_footer
@@ -251,6 +254,7 @@ class SnapshotDestination:
         for guest in self._ram:
             ram_control_load_hook(file, RAM_CONTROL_BLOCK_REG, guest.block.idstr)
         transport.attach(self._ram)
+        migration.state.step = "agreeing on the RAM blocks"
         migration.emit(Progress("setup", 0, total))
 
     def _commit_point(self, migration: Migration, transport: RdmaIncoming) -> None:
@@ -264,6 +268,7 @@ class SnapshotDestination:
         guest if anything fails here. What can fail comes early all the same.
         """
         assert self._ram is not None
+        migration.state.step = "making sure of disk space"
         transport.withdraw_keys()
         began = time.monotonic()
         self._nonzero = self.writer.reserve(
@@ -274,6 +279,7 @@ class SnapshotDestination:
             self._write_ram(migration)
         self._reserved = time.monotonic() - began
         self._ram_is_whole = True
+        migration.state.step = "receiving device state"
         if not transport.has_return_path:
             if not transport.final_ack:
                 transport.next_ready_commits()
@@ -407,6 +413,7 @@ class SnapshotDestination:
             # A QEMU ends the connection itself, once it has seen its last message arrive.
             transport.wait_disconnected(_DISCONNECT_SECONDS)
         began = time.monotonic()
+        migration.state.step = "writing the snapshot"
         try:
             if not self._ram_is_written:
                 self._write_ram(migration)
@@ -426,6 +433,7 @@ class SnapshotDestination:
             raise
         self._committed = True
         self._written = time.monotonic()
+        migration.state.step = "telling the source that all is on disk"
         confirmed = "the source ended the connection after the whole stream"
         if transport.final_ack:
             self._acknowledge(migration, transport)

@@ -98,6 +98,7 @@ class SnapshotSource:
             MigrationError: it failed, or success could not be shown.
         """
         migration.state.owner = self.owner
+        migration.state.step = "agreeing on the RAM blocks"
         began = time.monotonic()
         manifest = self.snapshot.manifest
         footer = encode_footer(manifest.ram_section_id) if manifest.footers else b""
@@ -131,6 +132,7 @@ class SnapshotSource:
                 f"source: {blocks}",
             ) from error
         file.put(encode_eos() + footer)
+        migration.state.step = "writing RAM"
         # The machine rests, so one last phase carries all RAM and there are no rounds before it.
         file.put(encode_section_end(manifest.ram_section_id))
         ram_control_before_iterate(file, RAM_CONTROL_FINISH)
@@ -142,10 +144,12 @@ class SnapshotSource:
         ram_control_after_iterate(file, RAM_CONTROL_FINISH)
         migration.note_round(last=True)
         migration.state.status = MigrationStatus.DEVICE
+        migration.state.step = "sending device state"
         file.put(encode_eos() + footer)
         file.flush()
         confirmed = self._device_state(migration, file, transport)
         ended = time.monotonic()
+        migration.state.step = "waiting for the destination's last word"
         if transport.final_ack:
             if manifest.eof_offset == manifest.device_state.size:
                 transport.send_stream_end()
@@ -155,6 +159,7 @@ class SnapshotSource:
                     f"{transport.peer} has received everything and failed to keep it: "
                     f"{ack.message or 'no reason given'}",
                     owner=self.owner,
+                    remedy="mend that there, and send it again",
                 )
             confirmed = "the destination acknowledged that RAM and device state are on disk"
         if transport.has_return_path:

@@ -44,6 +44,7 @@ class MigrationState:
         bytes_transferred: RAM bytes posted as RDMA writes; a destination does not see the
             writes, and counts the RAM that it received once.
         owner: who owns the virtual machine should the migration fail now; one clause.
+        step: what the migration is at, for messages; a participle: "receiving device state".
     """
 
     status: MigrationStatus = MigrationStatus.NONE
@@ -52,6 +53,7 @@ class MigrationState:
     rounds: int = 0
     bytes_transferred: int = 0
     owner: str = ""
+    step: str = ""
     started: float = field(default=0.0, repr=False)
 
 
@@ -130,8 +132,8 @@ class Migration(Closing):
         if self._error is not None:
             cancelled = self.cancellation.requested
             state.status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
-            if not self._error.owner:
-                self._error.owner = state.owner
+            self._error.owner = self._error.owner or state.owner
+            self._error.step = self._error.step or state.step
         if self.trace is not None:
             self.trace.record("end", status=str(state.status), message=str(self._error or ""))
 

@@ -25,7 +25,7 @@ from rdma_mig.errors import (
     PeerGone,
 )
 from rdma_mig.verbs import addresses
-from rdma_mig.verbs.host import explain_registration
+from rdma_mig.verbs.host import explain_registration, port_state
 from rdma_mig.verbs.loading import load
 from rdma_mig.verbs.route import is_iwarp
 from rdma_mig.waits import Cancel, Deadline
@@ -138,7 +138,8 @@ class Endpoint(Closing):
             context = cmid.context
             self.device = verbs.device_name(cmid)
             self.iwarp = is_iwarp(self.device)
-            self.max_message = verbs.max_message_size(context, verbs.port_number(cmid))
+            self._port: int = verbs.port_number(cmid)
+            self.max_message = verbs.max_message_size(context, self._port)
             self._pd = PD(context)
             self._closing.callback(self._pd.close)
             channel = CompChannel(context)
@@ -361,6 +362,12 @@ class Endpoint(Closing):
                 f"nothing came from {self.peer} within {deadline.seconds:g} s; awaited was {doing}",
                 remedy="see what the other end does, or allow more with --timeout or "
                 "--stall-timeout, whichever was given",
+            )
+        if port_state(self.device, self._port) == "DOWN":
+            raise HostError(
+                f"the link of this host's RDMA device {self.device} is down (port {self._port}), "
+                f"and with it the connection with {self.peer}; awaited was {doing}",
+                remedy="mend the link (ip link show; rdma link show) and migrate again",
             )
         if outcome == verbs.SILENT:
             raise PeerGone(

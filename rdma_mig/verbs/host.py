@@ -17,6 +17,7 @@ from rdma_mig.errors import HostError
 __all__ = [
     "devices",
     "explain_registration",
+    "port_state",
     "require_lockable",
     "require_rdma",
     "unusable_devices",
@@ -39,6 +40,15 @@ def devices() -> list[str]:
         return sorted(entry.name for entry in _CLASS.iterdir())
     except OSError:
         return []
+
+
+def port_state(device: str, port: int) -> str:
+    """Return what the kernel says of a port: ACTIVE, DOWN, INIT, ARMED; UNKNOWN for none."""
+    try:
+        state = (_CLASS / device / "ports" / str(port) / "state").read_text()
+    except OSError:
+        return "UNKNOWN"
+    return state.partition(":")[2].strip()
 
 
 def _require_access(path: Path, missing_remedy: str) -> None:

@@ -153,6 +153,7 @@ class Listener(Closing):
             reply = answer(event.private_data, peer)
         except MigrationError as error:
             self._reject(request, error)
+            error.message = f"{peer} was rejected: {error.message}"
             raise
         endpoint = self._begin(event, reply)
         if endpoint is None:

@@ -377,7 +377,9 @@ _KEYS: dict[str, dict[str, type]] = {
     },
     "progress": {"phase": _TEXT, "done": _COUNT, "total": _COUNT},
     "warning": {"message": _TEXT},
-    "failed": {"message": _TEXT, "owner": _TEXT, "remedy": _TEXT, "exit_status": _COUNT},
+    "failed": {
+        "message": _TEXT, "step": _TEXT, "owner": _TEXT, "remedy": _TEXT, "exit_status": _COUNT,
+    },
     "completed": {
         "bytes": _COUNT, "pages": _COUNT, "nonzero_bytes": _COUNT, "device_state_bytes": _COUNT,
         "rounds": _COUNT, "writes": _COUNT, "normal_pages": _COUNT, "duplicate_pages": _COUNT,

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import ipaddress
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -23,7 +24,7 @@ from typing import Any
 import snapshot_kit
 
 import rdma_mig
-from rdma_mig.errors import MigrationError
+from rdma_mig.errors import MigrationError, MigrationTimeout, PeerGone, RemoteProtocolError
 from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import MigrationEvent
@@ -449,6 +450,17 @@ def until(step: str, steps: Iterator[str]) -> None:
 # ---- our own ends ----
 
 
+def check_line(error: MigrationError) -> None:
+    """What an operator has to be told of a failure that the other end has to do with."""
+    line = str(error)
+    assert error.step, f"it does not say at which step: {line}"
+    assert error.owner, f"it does not say who owns the virtual machine: {line}"
+    assert error.remedy, f"it does not say what to do: {line}"
+    if isinstance(error, (PeerGone, RemoteProtocolError, MigrationTimeout)):
+        assert re.search(r"\d\S*:\d+", error.message), f"it does not say from whom: {line}"
+    assert line.index(error.message) < line.index(error.owner) < line.index(error.remedy)
+
+
 class End:
     """One of our own ends at work.
 
@@ -475,7 +487,7 @@ class End:
         assert error.exit_status == kind.exit_status
         assert "\n" not in str(error)
         assert "unexpected" not in str(error)
-        assert error.owner, "it does not say who owns the virtual machine"
+        check_line(error)
         return error
 
     def succeed(self, seconds: float = 20) -> None:
