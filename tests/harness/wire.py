@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _NAMES = ("rmigw0", "rmigw1")
 _ADDRESSES = ("10.99.8.1", "10.99.8.2")
@@ -66,8 +68,11 @@ class Wire:
     def _lead(self) -> None:
         """Lead packets over the wire; again after an interface was down, which undoes it."""
         for end, name in enumerate(_NAMES):
+            # As it was at first: only a local address can be made the source of a route.
+            _run("ip", "route", "replace", "local", _ADDRESSES[end], "dev", name,
+                 "table", "local", "scope", "host", "proto", "kernel")  # fmt: skip
+        for end, name in enumerate(_NAMES):
             other = _NAMES[1 - end]
-            # Before the address stops being a local one, or it could be no packet's source.
             _run("ip", "route", "replace", f"{_ADDRESSES[1 - end]}/32", "dev", name,
                  "src", _ADDRESSES[end])  # fmt: skip
             _run("ip", "route", "replace", "local", _ADDRESSES[end], "dev", name,
@@ -102,3 +107,58 @@ class Wire:
         shown: list[dict[str, Any]] = json.loads(_run("rdma", "-j", "link"))
         found = {entry["ifname"]: entry["state"] for entry in shown}
         return [found[name] for name in _NAMES]
+
+
+class WireProcess:
+    """A wire that a process of its own holds, and that is gone when this is left."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "harness.wire"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).resolve().parents[1],
+        )  # fmt: skip
+        self._answer("to be laid")
+
+    def _answer(self, what: str) -> None:
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "done\n":
+            self._process.kill()
+            raise AssertionError(f"the wire was {what}, and was not: see standard error")
+
+    def do(self, what: str, *end: int) -> None:
+        """Call drop, unplug or mend."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(" ".join([what, *map(str, end)]) + "\n")
+        self._process.stdin.flush()
+        self._answer(f"told to {what}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=_LIMIT)
+        wait_until_gone()
+
+
+def wait_until_gone() -> None:
+    """Wait until the devices of a wire are gone, after the process that laid it has ended."""
+    end = time.monotonic() + _LIMIT
+    while any(Path("/sys/class/infiniband", name).exists() for name in _NAMES) or (
+        Path("/sys/class/net", _NAMES[0]).exists()
+    ):
+        assert time.monotonic() < end, "the wire's devices do not go"
+        time.sleep(0.05)
+
+
+def _serve() -> None:
+    wire = Wire()
+    print("done", flush=True)
+    for line in sys.stdin:
+        what, *end = line.split()
+        getattr(wire, what)(*map(int, end))
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -288,3 +288,19 @@ def test_changelog_has_this_version():
     newest = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest[1] == kit.source_version()
+
+
+# ---- reliability ----
+
+
+def test_faults_name_tests_that_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.search(r"^\| what goes wrong .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+    assert rows
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", rows[0])
+    assert len(named) > 40
+    for file, name in named:
+        [path] = (ROOT / "tests").glob(f"*/{file}")
+        assert re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE), f"{file}::{name}"
+    for row in table(rows[0]):
+        assert any(re.search(r"::|the same", cell) for cell in row[2:]), row
