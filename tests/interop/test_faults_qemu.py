@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 import time
 from pathlib import Path
 
+import harness
 import pytest
 from conftest import SharedQemu, prepare
 from harness import Qemu, free_port
 from harness.wire import Wire, WireProcess
 from support import (
+    Command,
     Incoming,
     Snapshot,
     assert_survives,
@@ -20,6 +24,7 @@ from support import (
     patience,
     rdma_uri,
     slow_migration,
+    wait_for,
 )
 
 pytestmark = [pytest.mark.rdma, pytest.mark.qemu, pytest.mark.full]
@@ -124,19 +129,28 @@ def test_destination_that_is_stopped_in_mid_transfer(snapshot: Snapshot):
 
 
 @pytest.mark.root
-def test_destination_behind_a_network_that_loses_everything(snapshot: Snapshot):
+def test_destination_behind_a_network_that_loses_everything(snapshot: Snapshot, tmp_path: Path):
     uri = f"rdma:{Wire.addresses[0]}:{free_port()}"
+    # It stands still where the wire is cut, or it would be through before that.
+    script = Path(harness.__file__).with_name("stopping.py")
+    match = json.dumps({"kind": "out", "type": "RAM_BLOCKS_REQUEST"})
     with (
         WireProcess() as wire,
         destination(snapshot, uri) as dest,
-        outgoing(snapshot.directory, uri) as sender,
-    ):
-        sender.wait_event("connected")
-        wire.do("drop", 1)
+        Command(
+            "outgoing", snapshot.directory, uri, "--rdma-pin-all", "--trace", tmp_path / "trace",
+            prefix=[sys.executable, script, match],
+        ) as sender,
+    ):  # fmt: skip
+        status = Path(f"/proc/{sender.process.pid}/stat")
+        wait_for("its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", 60)
+        wire.do("drop", 0)
+        sender.signal(signal.SIGCONT)
         began = time.monotonic()
         line = sender.fail(1, patience(40))
         assert time.monotonic() - began < NOTICED + patience(2)
         assert "is unchanged" in line
+        assert "has not answered" in line or "its host or process is gone" in line
         wire.do("mend")
         dest.signal(signal.SIGKILL)
         dest.wait_exit()
