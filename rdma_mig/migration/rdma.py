@@ -16,7 +16,7 @@ from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Connected, Listening, Warned
-from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.migration.state import AT_SOURCE, Migration, MigrationStatus
 from rdma_mig.transport.control import TransportLimits
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
@@ -150,6 +150,8 @@ def _incoming(
     process: Callable[[Migration, QEMUFile, RdmaIncoming], None],
     options: RdmaOptions,
 ) -> None:
+    # Also of one that is turned away, or that never comes.
+    migration.state.owner = AT_SOURCE
     try:
         transport = listener.accept(
             Deadline.after(options.accept_seconds),
