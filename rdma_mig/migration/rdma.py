@@ -16,7 +16,7 @@ from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone, RemoteProtocolError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Connected, Listening, Warned
-from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.migration.state import AT_SOURCE, Migration, MigrationStatus
 from rdma_mig.transport.control import TransportLimits
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
@@ -29,8 +29,6 @@ from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
 
 __all__ = ["RdmaOptions", "rdma_start_incoming_migration", "rdma_start_outgoing_migration"]
-
-_NOTHING_HANDED_OVER = "nothing was handed over, and the virtual machine is its source's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +178,8 @@ def _incoming(
     options: RdmaOptions,
 ) -> None:
     migration.state.step = "waiting for a source"
-    migration.state.owner = _NOTHING_HANDED_OVER
+    # Also of one that is turned away, or that never comes.
+    migration.state.owner = AT_SOURCE
     try:
         transport = listener.accept(
             Deadline.after(options.accept_seconds),

@@ -25,7 +25,7 @@ from rdma_mig.migration.ram_control import (
     ram_control_load_hook,
 )
 from rdma_mig.migration.shared_blocks import SharedBlocks, choose_shared
-from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.migration.state import AT_SOURCE, Migration, MigrationStatus
 from rdma_mig.snapshot import SharedBlock, SnapshotWriter
 from rdma_mig.transport.incoming import RdmaIncoming
 from rdma_mig.wire.control import FinalAck
@@ -45,7 +45,6 @@ from rdma_mig.wire.stream import (
 
 __all__ = ["SnapshotDestination", "available_memory"]
 
-_AT_SOURCE = "the virtual machine is still the source's and goes on running there"
 _COMMITTED = (
     "the source has handed over and holds its virtual machine stopped (QEMU: postmigrate); "
     "`cont` there resumes it"
@@ -131,7 +130,7 @@ class SnapshotDestination:
         Raises:
             MigrationError: it failed; its ``owner`` says who owns the virtual machine.
         """
-        migration.state.owner = _AT_SOURCE
+        migration.state.owner = AT_SOURCE
         migration.state.step = "receiving the machine's description"
         self._began = time.monotonic()
         try:

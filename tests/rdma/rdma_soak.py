@@ -239,6 +239,10 @@ def soak(
             except Hangs:
                 report.hangs.append(f"seed {own_seed}")
                 continue
+            except AssertionError as wrong:
+                report.wrong.append(f"seed {own_seed}: {wrong}")
+                clear(room)
+                continue
             clear(room)
             if number < WARM_UP:
                 continue
