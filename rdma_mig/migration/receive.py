@@ -45,9 +45,10 @@ from rdma_mig.wire.stream import (
 
 __all__ = ["SnapshotDestination", "available_memory"]
 
+# What the source knows depends on which message it got last, and only it can tell.
 _COMMITTED = (
-    "the source has handed over and holds its virtual machine stopped (QEMU: postmigrate); "
-    "`cont` there resumes it"
+    "the source may have let go of its virtual machine: if it is in postmigrate (`info status` "
+    "there), `cont` there resumes it, and else it runs on by itself"
 )
 _NOT_KNOWN = (
     "whether the source let go of its virtual machine is not known: if it is in postmigrate "

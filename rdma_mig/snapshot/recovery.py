@@ -74,7 +74,12 @@ def recover(left: Path) -> Path:
             except BlockingIOError:
                 raise SnapshotError(f"a run works on {shown}", remedy="wait for its end") from None
         if not os.fstat(lock).st_size:
-            _complete(left, directory, lock)
+            try:
+                _complete(left, directory, lock)
+            except SnapshotError:
+                # As it was: an empty one says no more than none.
+                os.ftruncate(lock, 0)
+                raise
         with _fs.failing("clean up", left), contextlib.suppress(FileNotFoundError):
             os.unlink(WRITTEN, dir_fd=directory)
         with Snapshot.open(left) as snapshot:
