@@ -48,15 +48,18 @@ SEED ?=
 soak: setup ## migrations that fail at random steps, and what they leave: make soak N=1000
 	$(if $(LAB),$(LAB) --timeout 86400 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_soak.py --runs $(N) $(if $(SEED),--seed $(SEED))
 
-SECONDS_EACH ?= 60
+SECONDS_EACH ?= $(or $(SECONDS),60)
+# Connections of the fuzzer over the device that are part of `make fuzz`.
+FUZZ_CONNECTIONS ?= 200
 .PHONY: fuzz
 fuzz: PACKAGES += clang libclang-rt-14-dev
-fuzz: setup ## fuzz decoders and Cython code: make fuzz SECONDS_EACH=600
+fuzz: setup ## fuzz decoders, Cython code and both ends: make fuzz SECONDS=600 (for each decoder)
 	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open( \
 		"pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS_EACH)
 	$(BIN)/python tests/fuzz/sanitize.py --seconds 20 --prove
 	$(BIN)/python tests/fuzz/sanitize.py --seconds $(SECONDS_EACH)
+	$(if $(LAB),$(LAB) --timeout 3600 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_fuzz.py --runs $(FUZZ_CONNECTIONS) $(if $(SEED),--seed $(SEED))
 
 .PHONY: fuzz-live
 fuzz-live: setup ## connections with a peer that changes what it says: make fuzz-live N=10000

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Cython functions that take buffers, against plain Python, at the very edge of memory.
 
-    buffers.py [--seconds N] [--seed S] [DIRECTORY]
+    buffers.py [--seconds N] [--seed S] [--only pages|writes]
 
 Each buffer has a page without access right before or behind it, or is of malloc(), where a build
-with AddressSanitizer watches both sides. DIRECTORY holds other builds of the extension modules
-(sanitize.py); by default the installed ones are tried. A seed repeats a run.
+with AddressSanitizer (sanitize.py) watches both sides. Of _verbs, the queue that makes RDMA writes
+of pages is tried: without a device, since it asks for the keys of a chunk before it posts. A seed
+repeats a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
+import importlib
 import mmap
 import os
 import random
@@ -20,8 +21,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,10 +56,10 @@ class Memory:
 
 
 class Trial:
-    """One module, one stream of random numbers."""
+    """The functions of _pages, with one stream of random numbers."""
 
-    def __init__(self, pages: ModuleType, seed: int) -> None:
-        self.pages = pages
+    def __init__(self, seed: int) -> None:
+        self.pages = importlib.import_module("rdma_mig._pages")
         self.choose = random.Random(seed)
         self.memory = Memory(self.choose)
         self.other = Memory(self.choose)
@@ -249,37 +249,141 @@ def _runs(
     return runs
 
 
-def load(name: str, directory: Path | None) -> ModuleType:
-    """Load an extension module of the package: the installed one, or another build of it."""
-    if directory is None:
-        return importlib.import_module(f"rdma_mig.{name}")
-    spec = importlib.util.spec_from_file_location(f"rdma_mig.{name}", directory / f"{name}.so")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class WriteTrial:
+    """The queue of RDMA writes, against a list of the writes that it has to make."""
+
+    def __init__(self, seed: int) -> None:
+        self.verbs = importlib.import_module("rdma_mig._verbs")
+        self.choose = random.Random(seed)
+
+    def run(self, count: int) -> None:
+        """Try so many queues."""
+        for _ in range(count):
+            self.one()
+
+    def one(self) -> None:
+        """Some blocks, pages and runs of them, and wrong numbers between."""
+        choose = self.choose
+        chunk = choose.choice([PAGE, 1 << 20])
+        most = choose.choice([1, PAGE, 3 * PAGE, 1 << 20, 1 << 30])
+        lengths = [choose.randrange(1, 5 * chunk) for _ in range(choose.randrange(1, 4))]
+        made: list[tuple[int, int, int]] = []
+
+        def interrupted(_outcome: int) -> None:
+            made.append(queue.wanted)
+            queue.skip()
+
+        # It is never posted to: no chunk gets keys while pages are taken.
+        work = self.verbs.WorkQueue.__new__(self.verbs.WorkQueue)
+        queue = self.verbs.WriteQueue(
+            work, chunk_size=chunk, max_write=most, interrupted=interrupted
+        )
+        queue.set_targets([(0, 0, 0, 0, length) for length in lengths], dynamic=True)
+        queue.open()
+        wanted: list[tuple[int, int, int]] = []
+        pending: list[int] = []
+        for _ in range(choose.randrange(12)):
+            block = choose.randrange(len(lengths))
+            if choose.random() < 0.6:
+                self.pages(queue, block, lengths[block], chunk, wanted, pending)
+            elif choose.random() < 0.7:
+                _flush(wanted, pending)
+                self.runs(queue, block, lengths[block], chunk, most, wanted)
+            else:
+                self.wrong(queue, lengths, chunk)
+        queue.flush()
+        _flush(wanted, pending)
+        assert made == wanted, (made, wanted)
+        queue.close()
+        for block, length in enumerate(lengths):
+            for at in (0, -(-length // chunk) - 1):
+                queue.set_chunk_keys(block, at, 1, 1)
+
+    def pages(
+        self, queue: Any, block: int, length: int, chunk: int, wanted: Any, pending: list[int]
+    ) -> None:
+        """Pages in a row, from somewhere."""
+        at = self.choose.randrange(length)
+        for _ in range(self.choose.randrange(1, 8)):
+            size = min(self.choose.choice([1, 512, PAGE]), length - at, chunk - at % chunk)
+            if not size:
+                return
+            queue.save_page(block, at, size)
+            if pending[:1] == [block] and pending[2] == at and at % chunk:
+                pending[2] = at + size
+            else:
+                _flush(wanted, pending)
+                pending[:] = [block, at, at + size]
+            at += size
+
+    def runs(self, queue: Any, block: int, length: int, chunk: int, most: int, wanted: Any) -> None:
+        """Many runs at once; the last may end where the block does."""
+        rows = []
+        for _ in range(self.choose.randrange(1, 4)):
+            at = self.choose.randrange(length)
+            # A write of one byte each would be as many as there are bytes.
+            size = min(self.choose.choice([1, PAGE, length]), length - at, 2000 * most)
+            rows += [at, size]
+            while size:
+                piece = min(size, most, chunk - at % chunk)
+                wanted.append((block, at, piece))
+                at, size = at + piece, size - piece
+        table = memoryview(array("Q", rows)).cast("B").cast("Q", [len(rows) // 2, 2])
+        assert queue.save_runs(block, table) == sum(rows[1::2])
+
+    def wrong(self, queue: Any, lengths: list[int], chunk: int) -> None:
+        """What lies outside of all blocks is refused, and changes nothing."""
+        block = self.choose.randrange(len(lengths))
+        length = lengths[block]
+        beyond = self.choose.choice([length, length + 1, 1 << 63, (1 << 64) - 1])
+        chunks = -(-length // chunk)
+        table = memoryview(array("Q", [0, 1, beyond, 1])).cast("B").cast("Q", [2, 2])
+        for call in (
+            lambda: queue.save_page(block, beyond, 1),
+            lambda: queue.save_page(block, length - 1, 2),
+            lambda: queue.save_page(block, 0, 0),
+            lambda: queue.save_page(len(lengths), 0, 1),
+            lambda: queue.save_page(-1, 0, 1),
+            lambda: queue.save_page(block, 1, (1 << 64) - 1),
+            lambda: queue.save_runs(block, table),
+            lambda: queue.set_chunk_keys(block, chunks, 1, 1),
+            lambda: queue.set_chunk_keys(block, (1 << 64) - 1, 1, 1),
+            lambda: queue.set_chunk_keys(len(lengths), 0, 1, 1),
+            lambda: queue.set_chunk_keys(-1, 0, 1, 1),
+            lambda: queue.set_chunk_keys(block, 0, 1, 0),
+        ):
+            Trial.refused(ValueError, call)
+
+
+def _flush(wanted: list[tuple[int, int, int]], pending: list[int]) -> None:
+    if pending:
+        block, start, end = pending
+        wanted.append((block, start, end - start))
+        pending.clear()
+
+
+TRIALS: dict[str, Callable[[int], Trial | WriteTrial]] = {"pages": Trial, "writes": WriteTrial}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("directory", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--only", choices=TRIALS)
     arguments = parser.parse_args()
-    pages = load("_pages", arguments.directory)
-    end = time.monotonic() + arguments.seconds
-    seed = arguments.seed
-    calls = 0
-    while time.monotonic() < end:
-        try:
-            Trial(pages, seed).run(25)
-        except BaseException:
-            print(f"buffers: failed with --seed {seed}", file=sys.stderr)
-            raise
-        seed += 1
-        calls += 25
-    print(f"buffers: {calls} rounds, seeds {arguments.seed} to {seed - 1}, nothing found")
+    for name in [arguments.only] if arguments.only else list(TRIALS):
+        end = time.monotonic() + arguments.seconds
+        seed = arguments.seed
+        while time.monotonic() < end:
+            try:
+                TRIALS[name](seed).run(25)
+            except BaseException:
+                print(f"buffers: {name} failed with --seed {seed}", file=sys.stderr)
+                raise
+            seed += 1
+        rounds = 25 * (seed - arguments.seed)
+        seeds = f"seeds {arguments.seed} to {seed - 1}"
+        print(f"buffers: {name}, {rounds} rounds, {seeds}, nothing found")
     return 0
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fuzzing starts from, and what it has found.
 
-Seeds are valid inputs, made by our encoders. ``corpus/TARGET.hex`` has an input a line, in
+Seeds are valid inputs, made by our encoders; beside them there is what was recorded of a real QEMU
+(``tests/wire/vectors``). ``corpus/TARGET.hex`` has an input a line, in
 hexadecimal: the smallest set that a run of the fuzzer found to reach all that it reached, and every
 input that ever failed.
 """
@@ -9,6 +10,7 @@ input that ever failed.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,7 +44,7 @@ from rdma_mig.wire.stream import (
     encode_section_part,
 )
 
-__all__ = ["keep", "kept", "seeds"]
+__all__ = ["keep", "kept", "recorded", "seeds"]
 
 _FOLDER = Path(__file__).with_name("corpus")
 # Inputs that say the same at a greater length are no gain in a repository.
@@ -68,6 +70,30 @@ def keep(target: str, inputs: Iterable[bytes]) -> int:
 def seeds(target: str) -> list[bytes]:
     """Valid inputs of a target."""
     return _SEEDS.get(target, list)()
+
+
+def recorded(target: str) -> list[bytes]:
+    """What a real QEMU has sent of this kind; of control messages one of each type and length."""
+    sys.path.insert(0, str(_FOLDER.parents[1] / "wire"))
+    import test_wire_vectors as wire
+
+    messages = [message for name in wire.VECTORS for message in wire.messages(name, "qemu")]
+    match target:
+        case "handshake":
+            return [bytes.fromhex(x) for v in wire.VECTORS.values() for x in v["private_data"]]
+        case "control":
+            kinds = {(message["type"], message["length"]): message for message in messages}
+            return [wire.bytes_of(message, wire.payload_of(message)) for message in kinds.values()]
+        case "stream":
+            names = ("src-pin", "src-dyn", "src-postcopy-answered", "src-error")
+            return [b"".join(wire.stream_of(name)) for name in names]
+        case "return_path":
+            return [
+                wire.payload_of(message)
+                for message in wire.messages("dst-returnpath-ready", "qemu", "QEMU_FILE")
+                if message["qp"] == 1
+            ]
+    return []
 
 
 def _handshake() -> list[bytes]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzz the decoders, guided by coverage: ``make fuzz SECONDS=60``.
+"""Fuzz the decoders, guided by coverage: ``make fuzz SECONDS_EACH=60``.
 
     run.py [--seconds N] [--keep] [TARGET...]
 
@@ -69,7 +69,9 @@ def _fuzz(name: str, seconds: int, *, keep: bool) -> bool:
         inputs, found = Path(directory, "inputs"), Path(directory, "found")
         inputs.mkdir()
         found.mkdir()
-        for number, data in enumerate([*corpus.seeds(name), *corpus.kept(name)]):
+        for number, data in enumerate(
+            [*corpus.seeds(name), *corpus.recorded(name), *corpus.kept(name)]
+        ):
             (inputs / f"{number}").write_bytes(data)
         result = _run(
             name, f"-max_total_time={seconds}", f"-rss_limit_mb={_MEMORY_MIB}",

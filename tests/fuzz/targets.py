@@ -35,12 +35,39 @@ from rdma_mig.wire.control import (
 from rdma_mig.wire.description import DESCRIPTION_MAX, DeviceStateScanner, parse_description
 from rdma_mig.wire.handshake import Extension, PrivateData
 from rdma_mig.wire.return_path import ReturnParser
-from rdma_mig.wire.stream import StreamParser
+from rdma_mig.wire.stream import (
+    Command,
+    Hook,
+    RamEnd,
+    RamPart,
+    RamStart,
+    SectionEnd,
+    StreamHead,
+    StreamParser,
+    encode_command,
+    encode_eos,
+    encode_footer,
+    encode_head,
+    encode_hook,
+    encode_ram_start,
+    encode_section_end,
+    encode_section_part,
+)
 
 __all__ = ["TARGETS"]
 
 Target = Callable[[bytes], None]
+_Record = RamBlockRecord | RegisterRecord | RegisterResult | ZeroRun | FinalAck
 TARGETS: dict[str, Target] = {}
+
+# Which bytes of a record mean nothing.
+_PADDING: dict[type[_Record], slice] = {
+    RamBlockRecord: slice(28, 32),
+    RegisterRecord: slice(12, 16),
+    RegisterResult: slice(4, 8),
+    ZeroRun: slice(0, 0),
+    FinalAck: slice(0, 0),
+}
 
 # Blocks as a guest has them, with gaps between and a last chunk that is not a whole one.
 _EXTENTS = [(0, 0x2000000), (0x2000000, 0x40000), (0x4000000, 0x123000)]
@@ -49,6 +76,10 @@ _EXTENTS = [(0, 0x2000000), (0x2000000, 0x40000), (0x4000000, 0x123000)]
 def _target(function: Target) -> Target:
     TARGETS[function.__name__] = function
     return function
+
+
+def _without(data: bytes, padding: slice) -> bytes:
+    return data[: padding.start] + data[padding.stop :]
 
 
 def _cut(data: bytes) -> Iterator[bytes]:
@@ -68,7 +99,11 @@ def handshake(data: bytes) -> None:
         value = PrivateData.decode(data)
     except RemoteProtocolError:
         return
-    assert PrivateData.decode(value.encode()) == value
+    again = value.encode()
+    assert PrivateData.decode(again) == value
+    if value.extension is not None and not any(data[28:52]) and data[14:16] == b"\0\0":
+        # All but the reserved bytes, which a later version may use, is said in one way only.
+        assert again == data[:56]
 
 
 @_target
@@ -87,6 +122,8 @@ def control(data: bytes) -> None:
         pass  # a peer may say what we would not
     else:
         assert ControlMessage.decode(again) == message
+        # Four bytes of the header are padding, which a peer may fill with anything.
+        assert again[:12] + again[16:] == data[:12] + data[16:]
     with contextlib.suppress(RemoteProtocolError):
         _records(message)
 
@@ -127,15 +164,19 @@ def _records(message: ControlMessage) -> None:
 @_target
 def records(data: bytes) -> None:
     """Records without a message around them: every decoder sees every input."""
-    for decode in (
-        RamBlockRecord.decode,
-        RegisterRecord.decode,
-        RegisterResult.decode,
-        ZeroRun.decode,
-        FinalAck.decode,
-    ):
-        with contextlib.suppress(RemoteProtocolError):
-            decode(data)
+    for kind, padding in _PADDING.items():
+        try:
+            record = kind.decode(data)
+        except RemoteProtocolError:
+            continue
+        try:
+            again = record.encode()
+        except LocalProtocolError:
+            continue  # a peer may say what we would not
+        assert kind.decode(again) == record
+        if not isinstance(record, FinalAck) or record.message.encode() == data[4:]:
+            # Unprintable characters of a message have become spaces.
+            assert _without(again, padding) == _without(data, padding)
 
 
 def _events(pieces: Iterator[bytes]) -> tuple[list[object], str, bytes]:
@@ -156,10 +197,39 @@ def _events(pieces: Iterator[bytes]) -> tuple[list[object], str, bytes]:
     return events, "", state
 
 
+def _said(events: list[object]) -> bytes:
+    """The bytes of the events, by our encoders."""
+    said = b""
+    section_id = 0
+    for event in events:
+        match event:
+            case StreamHead():
+                assert event.raw == encode_head(event.machine, event.subsections)
+                said += event.raw
+            case Command():
+                said += encode_command(event.command, event.data)
+            case RamStart():
+                section_id = event.section_id
+                said += encode_ram_start(section_id, event.blocks)
+            case Hook():
+                said += encode_hook()
+            case RamPart():
+                said += encode_section_part(section_id)
+            case RamEnd():
+                said += encode_section_end(section_id)
+            case SectionEnd():
+                said += encode_eos() + (encode_footer(section_id) if event.has_footer else b"")
+            case _:
+                raise AssertionError(f"an event of no known kind: {event}")
+    return said
+
+
 @_target
 def stream(data: bytes) -> None:
-    """A migration stream: cut anywhere, it is the same stream."""
-    assert _events(iter([data])) == _events(_cut(data))
+    """A migration stream: cut anywhere, it is the same stream, and it is said in one way only."""
+    events, error, state = _events(iter([data]))
+    assert (events, error, state) == _events(_cut(data))
+    assert data.startswith(_said(events) + state)
 
 
 @_target

@@ -22,10 +22,11 @@ def run(*lines: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_functions_do_what_plain_python_does():
+@pytest.mark.parametrize("trial", ["pages", "writes"])
+def test_functions_do_what_plain_python_does(trial):
     done = run(
         "import buffers",
-        "for seed in range(40): buffers.Trial(buffers.load('_pages', None), seed).run(25)",
+        f"for seed in range(40): buffers.TRIALS[{trial!r}](seed).run(25)",
     )
     assert done.returncode == 0, done.stderr
 

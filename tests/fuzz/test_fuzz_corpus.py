@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import corpus
 from targets import TARGETS
 
+from rdma_mig.errors import ProtocolError
+from rdma_mig.wire.control import ControlHeader
 from rdma_mig.wire.stream import StreamParser
 
 
@@ -41,6 +45,74 @@ def test_seeds_and_their_neighbours(name):
             turned = bytearray(seed)
             turned[bit // 8] ^= 1 << bit % 8
             TARGETS[name](bytes(turned))
+
+
+@pytest.mark.parametrize("name", ["handshake", "control", "stream", "return_path"])
+def test_what_a_real_qemu_sent(name):
+    recorded = corpus.recorded(name)
+    assert recorded
+    run(name, recorded)
+
+
+def peak(name: str, data: bytes) -> int:
+    """Bytes that a target has allocated at once."""
+    tracemalloc.start()
+    try:
+        TARGETS[name](data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_number_in_an_input_makes_it_allocate(name):
+    """Each place of each valid input says once that huge things follow."""
+    for seed in corpus.seeds(name):
+        run(name, [seed])  # what is kept from the first use on
+        most = 64 * 1024 + 64 * len(seed)
+        assert peak(name, seed) < most
+        for number in (2**60, 2**64 - 1, 0x0FFF_FFFF << 32):
+            huge = number.to_bytes(8, "big")
+            for at in range(len(seed)):
+                lying = seed[:at] + huge + seed[at + 8 :]
+                assert peak(name, lying) < most, lying.hex()
+
+
+def test_decoder_that_believes_a_length_is_caught(monkeypatch):
+    decode = ControlHeader.decode.__func__
+
+    def believing(cls: type[ControlHeader], data: bytes) -> ControlHeader:
+        bytearray(int.from_bytes(data[:4], "big") >> 4)
+        return decode(cls, data)
+
+    monkeypatch.setattr(ControlHeader, "decode", classmethod(believing))
+    with pytest.raises(AssertionError):
+        test_no_number_in_an_input_makes_it_allocate("control")
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"),
+    [
+        ("control", "rdma_mig.wire.control.ControlMessage.encode"),
+        ("records", "rdma_mig.wire.records.ZeroRun.encode"),
+        ("return_path", "rdma_mig.wire.return_path.Shut.encode"),
+        ("handshake", "rdma_mig.wire.handshake.PrivateData.encode"),
+        ("stream", "targets.encode_ram_start"),
+    ],
+)
+def test_encoder_that_says_it_otherwise_is_caught(name, encoder, monkeypatch):
+    """What was decoded has to become the same bytes again."""
+    place, _, attribute = encoder.rpartition(".")
+    original = getattr(pkgutil.resolve_name(place), attribute)
+
+    def other(*arguments: object, **options: object) -> bytes:
+        said = original(*arguments, **options)
+        return said[:-1] + bytes([said[-1] ^ 1])
+
+    seeds = corpus.seeds(name)
+    monkeypatch.setattr(encoder, other)
+    with pytest.raises((AssertionError, ProtocolError)):
+        run(name, seeds)
 
 
 def test_no_file_is_left_over():
