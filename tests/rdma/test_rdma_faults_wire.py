@@ -86,5 +86,5 @@ def test_link_that_goes_down_is_named(role: str, step: str, owner: str, whose: s
 )
 def test_limit_that_a_user_has(role: str, step: str):
     told = cut(role, step, "drop", "theirs", "patient")
-    assert told["kind"] == "PeerGone"
+    assert told["kind"] in ("PeerGone", "MigrationError")
     assert 3 < told["seconds"] < NOTICED + kit.patience(1)
