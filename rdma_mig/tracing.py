@@ -30,7 +30,8 @@ class Trace(Closing):
     last event. A file that cannot be written any more ends the trace and not the migration.
 
     Args:
-        path: made with mode 0600; a regular file is begun anew, a FIFO or device is written to.
+        path: made with mode 0600; a regular file is begun anew, a FIFO or device is written to. A
+            FIFO must have a reader, and one that is full ends the trace: nobody waits for it.
         role: "incoming" or "outgoing".
 
     Attributes:
@@ -46,6 +47,7 @@ class Trace(Closing):
         self._began = time.monotonic()
         self.failure = ""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+        flags |= os.O_NONBLOCK
         try:
             self._fd = os.open(Path(path), flags, 0o600)
             if stat.S_ISREG(os.fstat(self._fd).st_mode):

@@ -17,6 +17,7 @@ from typing import Any
 
 from rdma_mig.errors import (
     HostError,
+    MigrationCancelled,
     MigrationError,
     MigrationTimeout,
     PeerGone,
@@ -128,7 +129,9 @@ def ask(
         match answer:
             case {"uri": str(uri)}:
                 try:
-                    finding = _send_sample(uri, device)
+                    finding = _send_sample(uri, device, cancel)
+                except MigrationCancelled:
+                    raise
                 except MigrationError as error:
                     finding = Finding(
                         "path", Level.BLOCKER, error.message, error.remedy or _FIREWALL
@@ -141,7 +144,7 @@ def ask(
     return theirs, finding
 
 
-def _send_sample(uri: str, device: str | None) -> Finding:
+def _send_sample(uri: str, device: str | None, cancel: Cancel) -> Finding:
     from rdma_mig.host.sample import SAMPLE_SIZE, Sample
     from rdma_mig.migration.events import Connected, MigrationEvent
     from rdma_mig.migration.rdma import RdmaOptions, rdma_start_outgoing_migration
@@ -165,7 +168,9 @@ def _send_sample(uri: str, device: str | None) -> Finding:
                 pin_all=True, total_seconds=_PATH_SECONDS, endpoint=EndpointOptions(device=device)
             ),
         )
-        migration.wait()
+        while not migration.wait(_STEP):
+            if cancel.requested:
+                migration.cancel()
     rate = SAMPLE_SIZE / (1 << 20) / max(sample.transfer_seconds, 1e-9)
     return Finding(
         "path",

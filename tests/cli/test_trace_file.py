@@ -56,6 +56,21 @@ def test_full_disk_ends_the_trace_and_nothing_else():
         trace.record("round", number=1, last=False)
 
 
+def test_reader_that_is_gone_or_does_not_read_holds_nobody_up(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(UsageError, match="No such device"):
+        Trace(fifo, "incoming")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with Trace(fifo, "incoming") as trace:
+            for _ in range(10000):
+                trace.record("end", status="failed", message="x" * 100)
+            assert "temporarily unavailable" in trace.failure
+    finally:
+        os.close(reader)
+
+
 def test_records_of_several_threads_are_whole_lines(tmp_path):
     with Trace(tmp_path / "trace", "incoming") as trace:
 
