@@ -121,7 +121,8 @@ class Reporter:
                 print(f"listening on {event.uri}", flush=True)
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
-                self._note(f"connected with {event.peer} over {event.device}, {pinned}")
+                over = f"{event.device}, {pinned}" if event.device else event.transport
+                self._note(f"connected with {event.peer} over {over}")
                 self._note(f"route: {event.route()}")
             case Warned():
                 print(f"rdma-migrate: warning: {event.message}", file=sys.stderr, flush=True)

@@ -8,23 +8,22 @@ the migration file, its hooks in place.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration.clients import client_guard, warn_if_open
 from rdma_mig.migration.events import Connected, Listening, Warned
 from rdma_mig.migration.state import Migration, MigrationStatus
-from rdma_mig.transport.control import TransportLimits
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.host import require_rdma
 from rdma_mig.verbs.loading import load
 from rdma_mig.verbs.route import is_ethernet
-from rdma_mig.waits import Deadline
+from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
 
@@ -97,7 +96,7 @@ def rdma_start_incoming_migration(
     address = RdmaAddress.parse(host_port, listening=True)
     migration.become_current()
     load()
-    guard = _guard(migration, options.allow)
+    guard = client_guard(migration, options.allow)
     listener = IncomingListener(address, migration.cancellation, options.endpoint, guard)
     try:
         if _quarrels_with_qemu(listener):
@@ -108,35 +107,13 @@ def rdma_start_incoming_migration(
                 )
             )
         migration.emit(Listening(str(listener.address)))
-        if guard is None and ipaddress.ip_address(listener.address.host).is_unspecified:
-            migration.emit(
-                Warned(
-                    "whoever reaches this host can send a machine, and guest RAM crosses the "
-                    "wire in clear: listen at an address of a trusted network, or name the source "
-                    "(--allow)"
-                )
-            )
+        if guard is None:
+            warn_if_open(migration, listener.address.host)
         migration.run(lambda: _incoming(migration, listener, process, options), "rdma-mig-incoming")
     except BaseException:
         listener.close()
         raise
     return listener.address
-
-
-def _guard(migration: Migration, allow: tuple[str, ...]) -> Callable[[str], str] | None:
-    """Return what decides which clients are served; None where all are."""
-    if not allow:
-        return None
-    networks = [ipaddress.ip_network(network, strict=False) for network in allow]
-
-    def guard(host: str) -> str:
-        address = ipaddress.ip_address(host.partition("%")[0])
-        if any(address in network for network in networks):
-            return ""
-        migration.emit(Warned(f"turned {host} away: --allow does not name it"))
-        return "this destination does not take migrations from your address (--allow)"
-
-    return guard
 
 
 def _quarrels_with_qemu(listener: IncomingListener) -> bool:

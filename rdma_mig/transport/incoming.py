@@ -14,12 +14,12 @@ from rdma_mig.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_range
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.transport.control import ControlChannel
 from rdma_mig.transport.return_path import ReturnPathWriter
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.listener import Listener
 from rdma_mig.verbs.route import Route, route_of
-from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.waits import Cancel, Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
     ControlMessage,
@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     from rdma_mig import _verbs
 
 __all__ = ["IncomingListener", "RdmaIncoming"]
+
+_AT_SOURCE = "the virtual machine is still the source's and goes on running there"
+_HANDED_OVER = (
+    "the source has handed over and holds its virtual machine stopped (QEMU: postmigrate); "
+    "`cont` there resumes it"
+)
 
 _HOOK = 2  # RAM_CONTROL_HOOK
 _BLOCK_REG = 4  # RAM_CONTROL_BLOCK_REG
@@ -125,6 +131,11 @@ class RdmaIncoming:
         setup_seconds: populating and registering RAM.
     """
 
+    at_source = _AT_SOURCE
+    handed_over = _HANDED_OVER
+    source_lets_go = True
+    end_is_sure = True
+
     def __init__(
         self,
         endpoint: Endpoint,
@@ -168,6 +179,11 @@ class RdmaIncoming:
     def disconnected(self) -> bool:
         """Whether the source has ended the connection."""
         return self._endpoint.disconnected
+
+    @property
+    def went_on(self) -> bool:
+        """Whether the source took the RAM blocks that it was offered."""
+        return self.phases > 0
 
     def attach(self, ram: GuestRam) -> None:
         """Say where RAM shall arrive; it must outlive the registrations."""
