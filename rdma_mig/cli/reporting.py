@@ -149,12 +149,13 @@ class Reporter:
         self._note(text)
 
     def _summary(self, event: Completed) -> None:
-        incoming = event.writes == 0
+        incoming = event.normal_pages + event.duplicate_pages == 0
+        how = f"in {event.writes} writes" if event.writes else "in the stream"
         moved = (
             f"{_size(event.bytes)} of RAM ({event.pages} pages), of it "
             f"{_size(event.nonzero_bytes)} not zero"
             if incoming
-            else f"{_size(event.bytes)} ({event.pages} pages) in {event.writes} writes"
+            else f"{_size(event.bytes)} ({event.pages} pages) {how}"
         )
         disk = "writing" if incoming else "loading"
         lines = [
@@ -170,7 +171,7 @@ class Reporter:
         print("\n".join(lines), flush=True)
 
 
-def drive(migration: Migration, reporter: Reporter, start: Callable[[], None]) -> int:
+def drive(migration: Migration, reporter: Reporter, start: Callable[[], object]) -> int:
     """Run a migration to its end; SIGINT and SIGTERM cancel it.
 
     Args:
