@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from channel_kit import Stored, assert_same_memory
@@ -42,3 +43,22 @@ def test_target_that_exists_stays_as_it_is(tmp_path: Path, stored: Stored):
     with Command("convert", stored.directory, target) as command:
         assert "exists" in command.fail(2)
     assert target.read_bytes() == b"x"
+
+
+def test_inspect_reads_the_stream_of_a_qemu(tmp_path: Path, stored: Stored):
+    with Command("inspect", stored.stream, "--json") as command:
+        command.succeed()
+        report = json.loads(command.stdout)
+    with Command("inspect", stored.directory, "--json") as command:
+        command.succeed()
+        kept = json.loads(command.stdout)
+    assert report["machine"] == kept["machine"]
+    assert report["devices"] == kept["description"]["devices"]
+    assert report["ram"]["length"] == kept["ram"]["length"]
+    assert report["device_state"].items() <= kept["device_state"].items()
+    ram = report["ram"]
+    assert ram["normal_pages"] + ram["duplicate_pages"] >= ram["length"] // 4096
+    cut = tmp_path / "cut"
+    cut.write_bytes(stored.stream.read_bytes()[:-1])
+    with Command("inspect", cut) as command:
+        assert "ends within the device state" in command.fail(4)
