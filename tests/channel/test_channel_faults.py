@@ -72,3 +72,11 @@ def test_nobody_listens(tmp_path: Path, stored: Stored):
 def test_option_that_does_not_fit_is_refused(stored: Stored, uri: str, option: str):
     with Command("outgoing", stored.directory, uri, option) as outgoing:
         outgoing.fail(2)
+
+
+def test_bytes_that_come_behind_the_end_are_refused(tmp_path: Path, stored: Stored):
+    """Behind a pause, so that the end was seen before they came."""
+    uri = f"exec:cat {stored.stream}; sleep 1; echo more"
+    with Incoming(tmp_path / "kept", uri=uri) as incoming:
+        assert "behind the end of the stream" in incoming.fail(4)
+    assert not (tmp_path / "kept").exists()
