@@ -34,6 +34,10 @@ help: ## list the targets
 demo: setup ## migrate a running QEMU guest onto disk and back, over RDMA
 	$(if $(LAB),$(LAB) --timeout 600 --) $(CURDIR)/$(BIN)/python demo/run
 
+.PHONY: try
+try: setup ## the quickest first try: a guest of a real QEMU onto disk and back, without RDMA
+	$(BIN)/python demo/try
+
 .PHONY: test
 test: setup ## the tests of every run, some 15 minutes emulated; PYTEST_ARGS="-k name" selects
 	$(BIN)/python tests/lab/suite.py $(PYTEST_ARGS)

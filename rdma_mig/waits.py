@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rdma_mig.closing import Closing
 from rdma_mig.errors import MigrationCancelled
 
-__all__ = ["Cancel", "Deadline"]
+__all__ = ["Cancel", "Deadline", "TransportLimits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,23 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the limit has been reached."""
         return bool(self.ns) and time.monotonic_ns() >= self.ns
+
+
+class TransportLimits:
+    """Limits on the waits of an established connection.
+
+    Args:
+        total: seconds for the whole migration; None for no limit.
+        stall: seconds that a live peer may stay silent; None for no limit.
+    """
+
+    def __init__(self, total: float | None = None, stall: float | None = None) -> None:
+        self.total = Deadline.after(total)
+        self.stall = stall
+
+    def next_wait(self) -> Deadline:
+        """Return the limit of a wait that begins now."""
+        return self.total.sooner(Deadline.after(self.stall))
 
 
 class Cancel(Closing):

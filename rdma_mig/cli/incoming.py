@@ -7,7 +7,7 @@ import argparse
 import shlex
 from typing import Any
 
-from rdma_mig.cli.options import add_common, network, seconds, size
+from rdma_mig.cli.options import add_common, network, rdma_options, seconds, size
 
 __all__ = ["add_parser", "run"]
 
@@ -18,6 +18,8 @@ virtual machine in a directory.
 In QEMU, at the source:
   migrate_set_capability rdma-pin-all on
   migrate -d rdma:HOST:PORT
+
+Without RDMA: unix:PATH, tcp:HOST:PORT, fd:N, exec:COMMAND or file:PATH, as in QEMU.
 """
 
 
@@ -31,8 +33,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "uri",
-        metavar="rdma:HOST:PORT",
-        help="where to listen; port 0 takes a free one, host 0.0.0.0 or [::] every address",
+        metavar="URI",
+        help="where the machine comes from: rdma:HOST:PORT, tcp:HOST:PORT, unix:PATH, fd:N, "
+        "exec:COMMAND (its output) or file:PATH[,offset=BYTES]; port 0 takes a free one, host "
+        "0.0.0.0 or [::] every address",
     )
     parser.add_argument(
         "-o",
@@ -93,14 +97,13 @@ def run(args: argparse.Namespace) -> int:
         MigrationError: it failed; the exit status is the error's.
     """
     from rdma_mig.cli.reporting import Reporter, drive, tracing_to
-    from rdma_mig.migration.rdma import RdmaOptions, rdma_start_incoming_migration
+    from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.receive import SnapshotDestination
     from rdma_mig.migration.state import Migration
-    from rdma_mig.verbs.endpoint import EndpointOptions
-    from rdma_mig.wire.address import RdmaAddress
+    from rdma_mig.migration.uris import qemu_start_incoming_migration
 
     # Before anything is made on disk: what is wrong with the command line itself.
-    RdmaAddress.parse(args.uri, listening=True)
+    rdma = rdma_options(args, listening=True)
     reporter = Reporter(
         as_json=args.json, quiet=args.quiet, verbose=args.verbose, ready_fd=args.ready_fd
     )
@@ -110,17 +113,17 @@ def run(args: argparse.Namespace) -> int:
     ):
 
         def start() -> None:
-            rdma_start_incoming_migration(
+            qemu_start_incoming_migration(
                 args.uri,
                 migration=migration,
                 process=destination.process,
-                options=RdmaOptions(
+                options=ChannelOptions(
                     total_seconds=args.timeout,
                     stall_seconds=args.stall_timeout,
                     accept_seconds=args.accept_timeout,
                     allow=tuple(args.allow),
-                    endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
                 ),
+                rdma=rdma,
             )
 
         destination = SnapshotDestination(

@@ -17,6 +17,10 @@ list of the blocks that the source kept to itself: ``position`` in its list, ``n
 or why page size and devices are null);
 ``restored``: a text for each time that it was sent to a QEMU;
 ``verified``: true after ``--verify``, else null.
+
+Of a migration stream in a file: ``path``, ``machine``; ``stream``: ``ram_section_id``, ``footers``,
+``rounds``; ``ram``: ``length``, ``blocks`` and how often pages came, ``normal_pages``,
+``duplicate_pages``, ``xbzrle_pages``; ``device_state``: ``size``, ``eof_offset``; ``devices``.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
         help="show what a snapshot directory holds",
         description="Show what a snapshot directory holds: machine, RAM blocks, devices, digests.",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="the snapshot directory")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="it, or a stream in a file")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument(
         "--verify",
@@ -47,11 +51,17 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the snapshot ``args.directory``; 0, or `SnapshotError` for what is wrong with it."""
+    """Print what is at ``args.directory``; 0, or `MigrationError` for what is wrong with it."""
     # Here and not above: --help and the other commands need not wait for it.
     from rdma_mig.cli.inspection import lines_of, report_of
     from rdma_mig.snapshot import Snapshot
 
+    if args.directory.is_file():
+        from rdma_mig.cli.stream_inspection import lines_of_stream, report_of_stream
+
+        report = report_of_stream(args.directory)
+        print(json.dumps(report, indent=2) if args.json else "\n".join(lines_of_stream(report)))
+        return 0
     with Snapshot.open(args.directory) as snapshot:
         if args.verify:
             snapshot.verify()

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rdma_mig.cli import clean, doctor, incoming, inspect, outgoing, recover
+from rdma_mig.cli import clean, convert, doctor, incoming, inspect, outgoing, recover
 from rdma_mig.errors import ExitStatus, MigrationError
 
 __all__ = ["main"]
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     incoming.add_parser(commands)
     outgoing.add_parser(commands)
     inspect.add_parser(commands)
+    convert.add_parser(commands)
     clean.add_parser(commands)
     recover.add_parser(commands)
     doctor.add_parser(commands)

@@ -7,8 +7,12 @@ import argparse
 import ipaddress
 import math
 import re
+from typing import TYPE_CHECKING
 
-__all__ = ["add_common", "index", "network", "seconds", "size"]
+if TYPE_CHECKING:
+    from rdma_mig.migration.rdma import RdmaOptions
+
+__all__ = ["add_common", "index", "network", "rdma_options", "seconds", "size"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -86,3 +90,34 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary")
     output.add_argument("-v", "--verbose", action="store_true", help="say more of the connection")
+
+
+def rdma_options(args: argparse.Namespace, *, listening: bool) -> RdmaOptions | None:
+    """Check the URI, and return what was said for RDMA; None for another transport.
+
+    Raises:
+        UsageError: the URI cannot be used, or something was said for RDMA that it is not.
+    """
+    from rdma_mig.errors import UsageError
+    from rdma_mig.wire.uri import RdmaAddress, parse_uri
+
+    pin_all = getattr(args, "rdma_pin_all", False)
+    if isinstance(parse_uri(args.uri, listening=listening), RdmaAddress):
+        from rdma_mig.migration.rdma import RdmaOptions
+        from rdma_mig.verbs.endpoint import EndpointOptions
+
+        return RdmaOptions(
+            pin_all=pin_all,
+            endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
+        )
+    given = {
+        "--rdma-pin-all": pin_all,
+        "--rdma-device": args.rdma_device is not None,
+        "--gid-index": args.gid_index is not None,
+    }
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise UsageError(
+            f"{', '.join(names)}: {args.uri[:100]!r} is no rdma: URI", remedy="leave it out"
+        )
+    return None

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rdma_mig.cli.options import add_common
+from rdma_mig.cli.options import add_common, rdma_options
+
+if TYPE_CHECKING:
+    from rdma_mig.snapshot import Snapshot
 
 __all__ = ["add_parser", "run"]
 
@@ -15,7 +18,10 @@ Send the virtual machine in a snapshot directory to a destination: a QEMU that w
 the same machine, memory size and devices and with -incoming rdma:HOST:PORT, or rdma-migrate
 incoming. The snapshot stays as it is.
 
-Exit status 0 means that the destination was seen to have loaded all device state.
+Without RDMA: unix:PATH, tcp:HOST:PORT, fd:N, exec:COMMAND or file:PATH, as in QEMU.
+
+Exit status 0 means that the destination was seen to have loaded all device state; with exec: and
+file: that the stream was taken whole, since nobody can say more.
 """
 
 
@@ -28,7 +34,12 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="DIR", help="snapshot directory")
-    parser.add_argument("uri", metavar="rdma:HOST:PORT", help="where the destination listens")
+    parser.add_argument(
+        "uri",
+        metavar="URI",
+        help="where the destination listens: rdma:HOST:PORT, tcp:HOST:PORT or unix:PATH; or fd:N, "
+        "exec:COMMAND (its input) or file:PATH[,offset=BYTES]",
+    )
     parser.add_argument(
         "--rdma-pin-all",
         action="store_true",
@@ -36,9 +47,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--return-path",
-        action="store_true",
-        help="let the destination say how it ended, over a second connection; it must offer that "
-        "(QEMU's capability return-path, up to 7.2 postcopy-ram; rdma-migrate incoming does)",
+        action=argparse.BooleanOptionalAction,
+        help="let the destination say how it ended. Over RDMA, over a second connection, which it "
+        "must offer (QEMU's capability return-path, up to 7.2 postcopy-ram; rdma-migrate incoming "
+        "does), and off by default. On a socket any destination does, and it is on",
     )
     add_common(parser)
     parser.set_defaults(run=run)
@@ -51,17 +63,13 @@ def run(args: argparse.Namespace) -> int:
         MigrationError: it failed; the exit status is the error's.
     """
     from rdma_mig.cli.reporting import Reporter, drive, tracing_to
-    from rdma_mig.migration.rdma import RdmaOptions, rdma_start_outgoing_migration
+    from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.state import Migration
+    from rdma_mig.migration.uris import qemu_start_outgoing_migration
     from rdma_mig.snapshot import Snapshot
-    from rdma_mig.verbs.choice import Choice
-    from rdma_mig.verbs.endpoint import EndpointOptions
-    from rdma_mig.verbs.host import require_lockable, require_rdma
-    from rdma_mig.verbs.loading import load
-    from rdma_mig.wire.address import RdmaAddress
 
-    RdmaAddress.parse(args.uri, listening=False)
+    rdma = rdma_options(args, listening=False)
     reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     with (
         Snapshot.open(args.directory) as snapshot,
@@ -75,29 +83,23 @@ def run(args: argparse.Namespace) -> int:
                 "would write to them"
             )
         # Reading a large snapshot takes long: what this host lacks is said before.
-        require_rdma()
-        load()
-        Choice.of(args.rdma_device, args.gid_index)
-        if args.rdma_pin_all:
-            # A QEMU destination does not survive a source that gives up on it.
-            total = sum(block.length for block in snapshot.blocks)
-            require_lockable(total, "guest RAM (--rdma-pin-all)")
+        if rdma is not None:
+            _require_host(args, snapshot)
         source = SnapshotSource(snapshot)
 
         def start() -> None:
             source.load(migration)
-            rdma_start_outgoing_migration(
+            qemu_start_outgoing_migration(
                 migration,
                 args.uri,
                 ram=source.ram,
                 save=source.save,
-                options=RdmaOptions(
-                    pin_all=args.rdma_pin_all,
+                options=ChannelOptions(
                     return_path=args.return_path,
                     total_seconds=args.timeout,
                     stall_seconds=args.stall_timeout,
-                    endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
                 ),
+                rdma=rdma,
             )
 
         try:
@@ -105,3 +107,17 @@ def run(args: argparse.Namespace) -> int:
         finally:
             migration.close()
             source.close()
+
+
+def _require_host(args: argparse.Namespace, snapshot: Snapshot) -> None:
+    from rdma_mig.verbs.choice import Choice
+    from rdma_mig.verbs.host import require_lockable, require_rdma
+    from rdma_mig.verbs.loading import load
+
+    require_rdma()
+    load()
+    Choice.of(args.rdma_device, args.gid_index)
+    if args.rdma_pin_all:
+        # A QEMU destination does not survive a source that gives up on it.
+        total = sum(block.length for block in snapshot.blocks)
+        require_lockable(total, "guest RAM (--rdma-pin-all)")

@@ -124,7 +124,8 @@ class Reporter:
                 print(f"listening on {event.uri}", flush=True)
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
-                self._note(f"connected with {event.peer} over {event.device}, {pinned}")
+                over = f"{event.device}, {pinned}" if event.device else event.transport
+                self._note(f"connected with {event.peer} over {over}")
                 self._note(f"route: {event.route()}")
             case Warned():
                 print(f"rdma-migrate: warning: {event.message}", file=sys.stderr, flush=True)
@@ -151,12 +152,13 @@ class Reporter:
         self._note(text)
 
     def _summary(self, event: Completed) -> None:
-        incoming = event.writes == 0
+        incoming = event.normal_pages + event.duplicate_pages == 0
+        how = f"in {event.writes} writes" if event.writes else "in the stream"
         moved = (
             f"{_size(event.bytes)} of RAM ({event.pages} pages), of it "
             f"{_size(event.nonzero_bytes)} not zero"
             if incoming
-            else f"{_size(event.bytes)} ({event.pages} pages) in {event.writes} writes"
+            else f"{_size(event.bytes)} ({event.pages} pages) {how}"
         )
         disk = "writing" if incoming else "loading"
         lines = [
@@ -186,7 +188,7 @@ def tracing_to(path: str | None, role: str, reporter: Reporter) -> Iterator[Trac
                 reporter.warn(f"the trace in {path} ends early: {trace.failure}")
 
 
-def drive(migration: Migration, reporter: Reporter, start: Callable[[], None]) -> int:
+def drive(migration: Migration, reporter: Reporter, start: Callable[[], object]) -> int:
     """Run a migration to its end; SIGINT and SIGTERM cancel it.
 
     Args:

@@ -37,18 +37,19 @@ class Connected(MigrationEvent):
 
     Attributes:
         peer, local: HOST:PORT of the other end and of this one.
-        device, port: this end's verbs device, and its port from 1.
-        transport: "RoCE v2", "RoCE v1", "InfiniBand" or "iWARP".
+        device, port: this end's verbs device, and its port from 1; None but over RDMA.
+        transport: "RoCE v2", "RoCE v1", "InfiniBand" or "iWARP"; else the scheme of the URI.
         gid_index, gid: this end's GID; None where the transport needs none (iWARP).
-        mtu: bytes of RAM that one packet carries at most; None on iWARP, where TCP decides.
+        mtu: bytes of RAM that one packet carries at most; None on iWARP, where TCP decides, and
+            without RDMA.
         pin_all: both ends pin all RAM at the start.
     """
 
     event: ClassVar[str] = "connected"
     peer: str
     local: str
-    device: str
-    port: int
+    device: str | None
+    port: int | None
     transport: str
     gid_index: int | None
     gid: str | None
@@ -62,6 +63,8 @@ class Connected(MigrationEvent):
 
     def route(self) -> str:
         """Return where the connection runs, in words."""
+        if self.device is None:
+            return f"{self.local or 'this process'} to {self.peer} over {self.transport}"
         words = f"{self.local} to {self.peer} over {self.device} port {self.port}, {self.transport}"
         if self.gid is not None:
             words += f", GID {self.gid_index} ({self.gid})"

@@ -8,23 +8,24 @@ the migration file, its hooks in place.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone, RemoteProtocolError
+from rdma_mig.channel.transport import AT_SOURCE
+from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.ram import GuestRam
+from rdma_mig.migration.clients import client_guard, warn_if_open
 from rdma_mig.migration.events import Connected, Listening, Warned
-from rdma_mig.migration.state import AT_SOURCE, Migration, MigrationStatus
-from rdma_mig.transport.control import TransportLimits
+from rdma_mig.migration.failures import complete_failure
+from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.host import require_rdma
 from rdma_mig.verbs.loading import load
 from rdma_mig.verbs.route import is_ethernet
-from rdma_mig.waits import Deadline
+from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
 
@@ -97,7 +98,7 @@ def rdma_start_incoming_migration(
     address = RdmaAddress.parse(host_port, listening=True)
     migration.become_current()
     load()
-    guard = _guard(migration, options.allow)
+    guard = client_guard(migration, options.allow)
     endpoint = replace(options.endpoint, trace=migration.trace)
 
     def refused(peer: str, why: str) -> None:
@@ -113,14 +114,8 @@ def rdma_start_incoming_migration(
                 )
             )
         migration.emit(Listening(str(listener.address)))
-        if guard is None and ipaddress.ip_address(listener.address.host).is_unspecified:
-            migration.emit(
-                Warned(
-                    "whoever reaches this host can send a machine, and guest RAM crosses the "
-                    "wire in clear: listen at an address of a trusted network, or name the source "
-                    "(--allow)"
-                )
-            )
+        if guard is None:
+            warn_if_open(migration, listener.address.host)
         migration.run(lambda: _incoming(migration, listener, process, options), "rdma-mig-incoming")
     except BaseException:
         listener.close()
@@ -128,47 +123,9 @@ def rdma_start_incoming_migration(
     return listener.address
 
 
-def _guard(migration: Migration, allow: tuple[str, ...]) -> Callable[[str], str] | None:
-    """Return what decides which clients are served; None where all are."""
-    if not allow:
-        return None
-    networks = [ipaddress.ip_network(network, strict=False) for network in allow]
-
-    def guard(host: str) -> str:
-        address = ipaddress.ip_address(host.partition("%")[0])
-        if any(address in network for network in networks):
-            return ""
-        migration.emit(Warned(f"turned {host} away: --allow does not name it"))
-        return "this destination does not take migrations from your address (--allow)"
-
-    return guard
-
-
 def _quarrels_with_qemu(listener: IncomingListener) -> bool:
     """Whether it listens at an IPv6 address of an Ethernet device, and only there."""
     return ":" in listener.address.host and bool(listener.device) and is_ethernet(listener.device)
-
-
-def _complete(error: MigrationError, peer: str, other: str) -> None:
-    """See to it that a failure which the other end has to do with names it, and says what to do.
-
-    Args:
-        error: what is on its way to the operator.
-        peer: the other end's HOST:PORT.
-        other: what the other end is.
-    """
-    if not isinstance(error, (PeerGone, RemoteProtocolError)):
-        return
-    # Codecs know bytes and not whose: and a return path has another port.
-    if peer.rpartition(":")[0] not in error.message:
-        error.message = f"from {peer}: {error.message}"
-    if not error.remedy and isinstance(error, PeerGone):
-        error.remedy = f"see what the {other} says of it, mend that and migrate again"
-    elif not error.remedy:
-        error.remedy = (
-            f"make sure that the {other} is a QEMU or an rdma-migrate, see its messages and its "
-            "version, and migrate again"
-        )
 
 
 def _incoming(
@@ -190,7 +147,7 @@ def _incoming(
             migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
             process(migration, QEMUFile(transport, transport), transport)
         except MigrationError as error:
-            _complete(error, transport.peer, "source")
+            complete_failure(error, transport.peer, "source")
             transport.abort()
             raise
         finally:
@@ -249,7 +206,7 @@ def _outgoing(
             stream_message=options.stream_message,
         )
     except MigrationError as error:
-        _complete(error, f"{address.host}:{address.port}", "destination")
+        complete_failure(error, f"{address.host}:{address.port}", "destination")
         raise
     try:
         migration.state.status = MigrationStatus.ACTIVE
@@ -260,7 +217,7 @@ def _outgoing(
             )
         save(migration, QEMUFile(transport, transport), transport)
     except MigrationError as error:
-        _complete(error, transport.peer, "destination")
+        complete_failure(error, transport.peer, "destination")
         transport.abort()
         raise
     finally:

@@ -8,26 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.channel.transport import DestinationTransport
 from rdma_mig.errors import (
     HostError,
     MigrationError,
     MigrationTimeout,
     PeerGone,
     RemoteProtocolError,
-    SnapshotError,
 )
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE, RamBlock
+from rdma_mig.memory.page_stream import PageReader
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Completed, Progress, Warned
+from rdma_mig.migration.keep import SnapshotKeeper, StreamFacts
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_BLOCK_REG,
     RAM_CONTROL_HOOK,
     ram_control_load_hook,
 )
 from rdma_mig.migration.shared_blocks import SharedBlocks, choose_shared
-from rdma_mig.migration.state import AT_SOURCE, Migration, MigrationStatus
-from rdma_mig.snapshot import SharedBlock, SnapshotWriter
-from rdma_mig.transport.incoming import RdmaIncoming
+from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.snapshot import SnapshotWriter
 from rdma_mig.wire.control import FinalAck
 from rdma_mig.wire.description import DeviceStateScanner
 from rdma_mig.wire.stream import (
@@ -45,11 +46,6 @@ from rdma_mig.wire.stream import (
 
 __all__ = ["SnapshotDestination", "available_memory"]
 
-# What the source knows depends on which message it got last, and only it can tell.
-_COMMITTED = (
-    "the source may have let go of its virtual machine: if it is in postmigrate (`info status` "
-    "there), `cont` there resumes it, and else it runs on by itself"
-)
 _NOT_KNOWN = (
     "whether the source let go of its virtual machine is not known: if it is in postmigrate "
     "(`info status` there), it is kept here, and else it is the source's"
@@ -97,42 +93,45 @@ class SnapshotDestination:
         max_ram: int | None = None,
         sync_before: bool = False,
     ) -> None:
-        self.writer = SnapshotWriter(path)
+        self.keeper = SnapshotKeeper(path)
         self._max_ram = max_ram
         self._sync_before = sync_before
         self._named_shared = shared_blocks
         self._shared = SharedBlocks()
         self._parser = StreamParser()
+        self._pages: PageReader | None = None
         self._scanner = DeviceStateScanner()
         self._head: StreamHead | None = None
         self._start: RamStart | None = None
         self._ram: GuestRam | None = None
         self._footers = True
-        self._nonzero = 0
         self._began = 0.0
         self._transferred = 0.0
-        self._written = 0.0
-        self._reserved = 0.0
         self._ram_is_whole = False
-        self._ram_is_written = False
-        self._committed = False
+
+    @property
+    def writer(self) -> SnapshotWriter:
+        """Of the snapshot."""
+        return self.keeper.writer
 
     def close(self) -> None:
         """Free the guest's memory; remove what was written unless it is to be kept."""
         if self._ram is not None:
             self._ram.close()
-        if self.writer.keep_on_failure and not self._committed:
-            self.writer.keep_incomplete()
-        self.writer.abandon()
+        self.keeper.close()
 
-    def process(self, migration: Migration, file: QEMUFile, transport: RdmaIncoming) -> None:
+    def process(
+        self, migration: Migration, file: QEMUFile, transport: DestinationTransport
+    ) -> None:
         """Load the stream from ``file`` and write the snapshot.
 
         Raises:
             MigrationError: it failed; its ``owner`` says who owns the virtual machine.
         """
-        migration.state.owner = AT_SOURCE
+        migration.state.owner = transport.at_source
         migration.state.step = "receiving the machine's description"
+        if file.hooks is None:
+            self._parser = StreamParser(self._page_reader)
         self._began = time.monotonic()
         try:
             self._load_ram(migration, file, transport)
@@ -142,17 +141,19 @@ class SnapshotDestination:
         except MigrationError as error:
             if not error.owner:
                 error.owner = migration.state.owner
-            if isinstance(error, PeerGone) and transport.phases == 0 and self._shared.asked:
+            if isinstance(error, PeerGone) and not transport.went_on and self._shared.asked:
                 # How a source ends that is offered other blocks than those it would send.
                 error.remedy = self._shared.remedy
             if self.writer.keep_on_failure and self.writer.kept_at is None:
-                kept = self._rescue(migration)
+                kept = self.keeper.rescue(migration, self._ram, self._facts())
                 error.remedy = "; ".join(part for part in (kept, error.remedy) if part)
             raise
 
     # ---- RAM ----
 
-    def _load_ram(self, migration: Migration, file: QEMUFile, transport: RdmaIncoming) -> None:
+    def _load_ram(
+        self, migration: Migration, file: QEMUFile, transport: DestinationTransport
+    ) -> None:
         while not self._parser.in_device_state:
             event = self._parser.next_event()
             if event is not None:
@@ -171,7 +172,7 @@ class SnapshotDestination:
             self._parser.feed(data)
 
     def _handle(
-        self, event: Event, migration: Migration, file: QEMUFile, transport: RdmaIncoming
+        self, event: Event, migration: Migration, file: QEMUFile, transport: DestinationTransport
     ) -> None:
         match event:
             case StreamHead():
@@ -201,12 +202,17 @@ class SnapshotDestination:
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case SectionEnd():
                 self._footers = event.has_footer
+                if event.kind == "end" and file.hooks is None:
+                    self._require_pages(transport)
+                    self._commit_point(migration, transport)
                 if event.kind == "end" and not self._ram_is_whole:
                     raise RemoteProtocolError(
                         f"{transport.peer} ended the RAM section without a last RDMA phase"
                     )
 
-    def _obey(self, command: Command, migration: Migration, transport: RdmaIncoming) -> None:
+    def _obey(
+        self, command: Command, migration: Migration, transport: DestinationTransport
+    ) -> None:
         match command.command:
             case CommandType.OPEN_RETURN_PATH:
                 if not transport.open_return_path():
@@ -223,7 +229,7 @@ class SnapshotDestination:
                 migration.emit(Warned("do not start postcopy at the source: it would fail there"))
 
     def _start_ram(
-        self, start: RamStart, migration: Migration, file: QEMUFile, transport: RdmaIncoming
+        self, start: RamStart, migration: Migration, file: QEMUFile, transport: DestinationTransport
     ) -> None:
         assert self._head is not None
         self._shared = choose_shared(self._head, start.blocks, self._named_shared)
@@ -257,7 +263,29 @@ class SnapshotDestination:
         migration.state.step = "agreeing on the RAM blocks"
         migration.emit(Progress("setup", 0, total))
 
-    def _commit_point(self, migration: Migration, transport: RdmaIncoming) -> None:
+    def _page_reader(self, _start: RamStart) -> PageReader:
+        assert self._ram is not None
+        self._pages = PageReader(self._ram)
+        return self._pages
+
+    def _require_pages(self, transport: DestinationTransport) -> None:
+        """Refuse RAM of which a part never came; a source says of each page what is in it.
+
+        Where it need not, since it may know of free pages, only a block that it keeps to itself
+        and that was taken as sent is to be noticed.
+        """
+        assert self._ram is not None
+        came = 0
+        if self._pages is not None:
+            came = self._pages.counters.normal + self._pages.counters.duplicate
+        if came == 0 or (self._shared.asked and came * TARGET_PAGE_SIZE < self._ram.total):
+            raise RemoteProtocolError(
+                f"{transport.peer} sent {came} of {self._ram.total // TARGET_PAGE_SIZE} pages of "
+                "RAM",
+                remedy=self._shared.remedy if self._shared.asked else "",
+            )
+
+    def _commit_point(self, migration: Migration, transport: DestinationTransport) -> None:
         """Be sure of RAM before the source may go on to what makes it let go of the machine.
 
         The READY for the first message after this phase is what lets a QEMU source complete. Up
@@ -270,26 +298,19 @@ class SnapshotDestination:
         assert self._ram is not None
         migration.state.step = "making sure of disk space"
         transport.withdraw_keys()
-        began = time.monotonic()
-        self._nonzero = self.writer.reserve(
-            [(guest.block, guest.memory) for guest in self._ram],
-            should_stop=lambda: migration.cancellation.requested,
-        )
-        if self._sync_before:
-            self._write_ram(migration)
-        self._reserved = time.monotonic() - began
+        self.keeper.reserve(migration, self._ram, self._facts() if self._sync_before else None)
         self._ram_is_whole = True
         migration.state.step = "receiving device state"
         if not transport.has_return_path:
             if not transport.final_ack:
                 transport.next_ready_commits()
-            self.writer.keep_on_failure = True
-            migration.state.owner = _COMMITTED
+            self.writer.keep_on_failure = transport.source_lets_go
+            migration.state.owner = transport.handed_over
 
     # ---- device state ----
 
     def _load_device_state(
-        self, migration: Migration, file: QEMUFile, transport: RdmaIncoming
+        self, migration: Migration, file: QEMUFile, transport: DestinationTransport
     ) -> None:
         data = self._parser.remainder()
         while True:
@@ -314,12 +335,18 @@ class SnapshotDestination:
                 raise
             if not data:
                 if self._scanner.closes_without_description:
-                    return
+                    if transport.end_is_sure:
+                        return
+                    raise RemoteProtocolError(
+                        f"{transport.peer} ended the stream without the description behind the "
+                        "device state, and so perhaps too early",
+                        remedy="switch suppress-vmdesc of the source's machine off",
+                    )
                 raise RemoteProtocolError(
                     f"{transport.peer} ended the stream within the device state"
                 )
 
-    def _next_until_shut(self, file: QEMUFile, transport: RdmaIncoming) -> bytes:
+    def _next_until_shut(self, file: QEMUFile, transport: DestinationTransport) -> bytes:
         """Wait for more device state from a QEMU that does not end the connection by itself.
 
         It waits for our word at the end, so a connection that ends earlier is a failure or a
@@ -340,99 +367,34 @@ class SnapshotDestination:
 
     # ---- keeping it ----
 
-    def _write_ram(self, migration: Migration) -> None:
-        assert self._ram is not None
-        written = 0
+    def _facts(self) -> StreamFacts:
+        """What the snapshot's manifest takes from the stream.
 
-        def progress(size: int) -> None:
-            nonlocal written
-            written += size
-            if written % (64 << 20) < size:
-                migration.emit(Progress("write", written, self._nonzero))
-
-        for guest in self._ram:
-            self.writer.write_ram(guest.index, lambda: migration.cancellation.requested, progress)
-        self._note_written()
-
-    def _note_written(self) -> None:
-        """Say so on disk: should this process be killed, `rdma-migrate recover` goes on from it."""
-        self._ram_is_written = True
-        try:
-            self._note_on_disk()
-        except SnapshotError:
-            # Behind the commit point space is set aside for all that a snapshot needs, and not for
-            # this: it is no reason to fail.
-            if not self._ram_is_whole:
-                raise
-
-    def _note_on_disk(self) -> None:
-        assert self._head is not None
-        assert self._head.machine is not None
-        assert self._start is not None
-        self.writer.note_written(
-            machine=self._head.machine,
-            ram_section_id=self._start.section_id,
-            # The footer of RAM's last section has not been seen where --sync is before; the
-            # sections ahead of it end in the same way.
-            footers=self._footers,
-            shared=self._shared_list(),
-        )
-
-    def _shared_list(self) -> list[SharedBlock]:
-        assert self._start is not None
-        return [
-            SharedBlock(position, RamBlock(block.idstr, block.length, None, block.guest_address))
-            for position, block in enumerate(self._start.blocks)
-            if block.idstr in self._shared.names
-        ]
-
-    def _rescue(self, migration: Migration) -> str:
-        """Keep what there is after a failure behind the commit point; say what, and where.
-
-        Writing RAM takes as long as it takes; after a cancellation nobody wants to wait for it.
+        The footer of RAM's last section has not been seen yet where --sync is before; the sections
+        ahead of it end in the same way.
         """
-        what = "device state without RAM"
-        if self._ram_is_written:
-            what = "RAM and device state as far as it came"
-        elif not migration.cancellation.requested and self._ram is not None:
-            try:
-                for guest in self._ram:
-                    self.writer.write_ram(guest.index)
-                self._note_written()
-                what = "RAM and device state as far as it came"
-            except SnapshotError:
-                what = "what could be written"
-        return f"kept in {self.writer.keep_incomplete()}: {what}"
-
-    def _keep(self, migration: Migration, transport: RdmaIncoming) -> None:
         assert self._head is not None
-        assert self._head.machine is not None
         assert self._start is not None
+        return StreamFacts.of(self._head, self._start, self._shared, footers=self._footers)
+
+    def _keep(self, migration: Migration, transport: DestinationTransport) -> None:
         assert self._ram is not None
         if not transport.final_ack and not transport.has_return_path:
             # A QEMU ends the connection itself, once it has seen its last message arrive.
             transport.wait_disconnected(_DISCONNECT_SECONDS)
-        began = time.monotonic()
         migration.state.step = "writing the snapshot"
         try:
-            if not self._ram_is_written:
-                self._write_ram(migration)
-            if self._scanner.complete:
-                self.writer.set_description(self._scanner.description)
-            path = self.writer.commit(
-                machine=self._head.machine,
-                ram_section_id=self._start.section_id,
-                footers=self._footers,
-                eof_offset=self._scanner.eof_offset,
-                keep_on_failure=not transport.has_return_path,
-                shared=self._shared_list(),
+            path = self.keeper.commit(
+                migration,
+                self._ram,
+                self._facts(),
+                self._scanner,
+                keep_on_failure=transport.source_lets_go and not transport.has_return_path,
             )
         except MigrationError as error:
             if transport.final_ack:
                 transport.acknowledge(FinalAck.fitted(1, error.message))
             raise
-        self._committed = True
-        self._written = time.monotonic()
         migration.state.step = "telling the source that all is on disk"
         confirmed = "the source ended the connection after the whole stream"
         if transport.final_ack:
@@ -449,12 +411,12 @@ class SnapshotDestination:
         state.bytes_transferred = total
         state.owner = f"the virtual machine is whole in {path}"
         streamed = self._transferred - self._began
-        transfer = max(streamed - transport.setup_seconds - self._reserved, 1e-9)
+        transfer = max(streamed - transport.setup_seconds - self.keeper.reserving_seconds, 1e-9)
         migration.emit(
             Completed(
                 bytes=total,
                 pages=total // TARGET_PAGE_SIZE,
-                nonzero_bytes=self._nonzero,
+                nonzero_bytes=self.keeper.nonzero,
                 device_state_bytes=self._scanner.total,
                 rounds=state.rounds,
                 writes=0,
@@ -462,7 +424,9 @@ class SnapshotDestination:
                 duplicate_pages=0,
                 setup_seconds=round(transport.setup_seconds, 6),
                 transfer_seconds=round(transfer, 6),
-                writing_seconds=round(self._reserved + self._written - began, 6),
+                writing_seconds=round(
+                    self.keeper.reserving_seconds + self.keeper.writing_seconds, 6
+                ),
                 bytes_per_second=round(total / transfer, 1),
                 path=str(path),
                 peer=transport.peer,
@@ -470,7 +434,7 @@ class SnapshotDestination:
             )
         )
 
-    def _acknowledge(self, migration: Migration, transport: RdmaIncoming) -> None:
+    def _acknowledge(self, migration: Migration, transport: DestinationTransport) -> None:
         hands_over = not transport.has_return_path
         if hands_over:
             migration.note_commit("destination", "FINAL_ACK", "before")
@@ -478,7 +442,7 @@ class SnapshotDestination:
         if hands_over:
             migration.note_commit("destination", "FINAL_ACK", "passed")
 
-    def _tell(self, migration: Migration, transport: RdmaIncoming) -> None:
+    def _tell(self, migration: Migration, transport: DestinationTransport) -> None:
         """Let the source go, by the word that it waits for on its return path.
 
         The snapshot is whole and has its name. Should it not be known whether the word was heard,

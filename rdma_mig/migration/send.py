@@ -7,6 +7,7 @@ import time
 
 from rdma_mig.channel.counters import RamCounters
 from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.channel.transport import SourceTransport
 from rdma_mig.errors import (
     MigrationCancelled,
     MigrationError,
@@ -15,6 +16,7 @@ from rdma_mig.errors import (
     SnapshotError,
 )
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
+from rdma_mig.memory.page_stream import PageWriter
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Completed, Progress, Warned
 from rdma_mig.migration.ram_control import (
@@ -22,11 +24,11 @@ from rdma_mig.migration.ram_control import (
     RAM_CONTROL_SETUP,
     ram_control_after_iterate,
     ram_control_before_iterate,
-    ram_control_save_pages,
 )
+from rdma_mig.migration.ram_save import ram_save_pages
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.snapshot import Snapshot
-from rdma_mig.transport.outgoing import RETURN_PATH_PING, RdmaOutgoing
+from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.stream import (
     CommandType,
     StreamBlock,
@@ -91,7 +93,7 @@ class SnapshotSource:
             )
         self._load_seconds = time.monotonic() - began
 
-    def save(self, migration: Migration, file: QEMUFile, transport: RdmaOutgoing) -> None:
+    def save(self, migration: Migration, file: QEMUFile, transport: SourceTransport) -> None:
         """Write the whole migration to ``file``.
 
         Raises:
@@ -112,9 +114,7 @@ class SnapshotSource:
                 [
                     StreamBlock(block.idstr, block.length, block.page_size, block.guest_address)
                     for block, shared in manifest.listed
-                    # A QEMU looks in vain for a shared block among those that it offers to RDMA
-                    # (docs/protocol.md, x-ignore-shared), and misses none that is not listed.
-                    if transport.final_ack or not shared
+                    if transport.lists_shared or not shared
                 ],
             )
         )
@@ -137,8 +137,9 @@ class SnapshotSource:
         file.put(encode_section_end(manifest.ram_section_id))
         ram_control_before_iterate(file, RAM_CONTROL_FINISH)
         done = 0
+        writer = PageWriter(self.ram)
         for guest in self.ram:
-            ram_control_save_pages(file, guest.offset)
+            ram_save_pages(file, self.ram, guest.index, writer=writer)
             done += guest.block.length
             migration.emit(Progress("transfer", done, self.ram.total))
         ram_control_after_iterate(file, RAM_CONTROL_FINISH)
@@ -172,10 +173,10 @@ class SnapshotSource:
                 )
             if not transport.final_ack:
                 confirmed = "the destination said on the return path that it has loaded everything"
+        confirmed = transport.finish() or confirmed
         migration.note_commit("source", "EOF", "passed")
-        if not transport.final_ack:
+        if transport.restores:
             self._note_restoration(migration, transport.peer)
-        transport.finish()
         self._report(migration, transport, file.counters, ended - began, confirmed)
 
     def _note_restoration(self, migration: Migration, peer: str) -> None:
@@ -188,27 +189,16 @@ class SnapshotSource:
                 Warned(f"that this snapshot was restored is not noted in it: {error.message}")
             )
 
-    def _device_state(self, migration: Migration, file: QEMUFile, transport: RdmaOutgoing) -> str:
-        """Send the device state so that its borders show how far the destination came.
-
-        A QEMU asks for more only when it has parsed what it has. So one message ends before the
-        EOF byte, and the READY for that byte shows that every device was loaded; the READY for
-        the description shows that the destination has left the device state for good
-        (docs/protocol.md, end of stream).
-        """
-        state = self.snapshot.device_state
-        eof = self.snapshot.eof_offset
+    def _device_state(
+        self, migration: Migration, file: QEMUFile, transport: SourceTransport
+    ) -> str:
         try:
-            file.put(state[: eof - 1])
-            file.flush()
-            send = transport.wait_ready("its loading all device state")
-            migration.note_commit("source", "EOF", "before")
-            send(state[eof - 1 : eof])
-            confirmed = "the destination loaded all device state and asked for the end mark"
-            piece = transport.stream_message  # a description is asked for again after each
-            for at in range(eof, len(state), piece):
-                transport.wait_ready("its leaving the device state")(state[at : at + piece])
-                confirmed = "the destination loaded all device state and asked for what follows"
+            return transport.send_device_state(
+                file,
+                self.snapshot.device_state,
+                self.snapshot.eof_offset,
+                lambda: migration.note_commit("source", "EOF", "before"),
+            )
         except (MigrationCancelled, MigrationTimeout):
             raise
         except PeerGone as error:
@@ -218,24 +208,23 @@ class SnapshotSource:
                 remedy="start it with the machine, memory and devices of the source; its own "
                 "messages name what it could not load",
             ) from error
-        return confirmed
 
     def _report(
         self,
         migration: Migration,
-        transport: RdmaOutgoing,
+        transport: SourceTransport,
         counters: RamCounters,
         seconds: float,
         confirmed: str,
     ) -> None:
         state = migration.state
         state.setup_seconds = transport.setup_seconds
-        state.bytes_transferred = transport.bytes_written
+        state.bytes_transferred = counters.normal_bytes
         transfer = max(seconds - transport.setup_seconds, 1e-9)
         migration.emit(
             Completed(
-                bytes=transport.bytes_written,
-                pages=transport.bytes_written // TARGET_PAGE_SIZE,
+                bytes=counters.normal_bytes,
+                pages=counters.normal_bytes // TARGET_PAGE_SIZE,
                 nonzero_bytes=self._loaded,
                 device_state_bytes=len(self.snapshot.device_state),
                 rounds=state.rounds,
@@ -245,7 +234,7 @@ class SnapshotSource:
                 setup_seconds=round(transport.setup_seconds, 6),
                 transfer_seconds=round(transfer, 6),
                 writing_seconds=round(self._load_seconds, 6),
-                bytes_per_second=round(transport.bytes_written / transfer, 1),
+                bytes_per_second=round(counters.normal_bytes / transfer, 1),
                 path=str(self.snapshot.path),
                 peer=transport.peer,
                 confirmed=confirmed,

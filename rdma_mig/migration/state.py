@@ -16,10 +16,7 @@ from rdma_mig.migration.events import MigrationEvent
 from rdma_mig.tracing import Trace
 from rdma_mig.waits import Cancel
 
-__all__ = ["AT_SOURCE", "Migration", "MigrationState", "MigrationStatus", "migrate_get_current"]
-
-#: Who owns the virtual machine as long as nothing has been handed over.
-AT_SOURCE = "the virtual machine is still the source's and goes on running there"
+__all__ = ["Migration", "MigrationState", "MigrationStatus", "migrate_get_current"]
 
 
 class MigrationStatus(StrEnum):

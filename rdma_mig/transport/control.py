@@ -15,30 +15,13 @@ from collections.abc import Callable
 from rdma_mig.errors import MigrationError, PeerGone, ProtocolError, RemoteProtocolError
 from rdma_mig.verbs.endpoint import Endpoint
 from rdma_mig.verbs.loading import load
-from rdma_mig.waits import Deadline
+from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.control import ControlMessage, ControlType
 
-__all__ = ["ControlChannel", "TransportLimits"]
+__all__ = ["ControlChannel"]
 
 # How long the last word of a failing end may take.
 _ERROR_SECONDS = 0.5
-
-
-class TransportLimits:
-    """Limits on the waits of an established connection.
-
-    Args:
-        total: seconds for the whole migration; None for no limit.
-        stall: seconds that a live peer may stay silent; None for no limit.
-    """
-
-    def __init__(self, total: float | None = None, stall: float | None = None) -> None:
-        self.total = Deadline.after(total)
-        self.stall = stall
-
-    def next_wait(self) -> Deadline:
-        """Return the limit of a wait that begins now."""
-        return self.total.sooner(Deadline.after(self.stall))
 
 
 class ControlChannel:

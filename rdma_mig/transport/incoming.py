@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.channel.transport import AT_SOURCE
 from rdma_mig.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_range
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.transport.control import ControlChannel
 from rdma_mig.transport.return_path import ReturnPathWriter
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.listener import Listener
 from rdma_mig.verbs.route import Route, route_of
-from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.waits import Cancel, Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
     ControlMessage,
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
     from rdma_mig import _verbs
 
 __all__ = ["IncomingListener", "RdmaIncoming"]
+
+# What the source knows depends on which message it got last, and only it can tell.
+_HANDED_OVER = (
+    "the source may have let go of its virtual machine: if it is in postmigrate (`info status` "
+    "there), `cont` there resumes it, and else it runs on by itself"
+)
 
 _HOOK = 2  # RAM_CONTROL_HOOK
 _BLOCK_REG = 4  # RAM_CONTROL_BLOCK_REG
@@ -127,6 +134,11 @@ class RdmaIncoming:
         setup_seconds: populating and registering RAM.
     """
 
+    at_source = AT_SOURCE
+    handed_over = _HANDED_OVER
+    source_lets_go = True
+    end_is_sure = True
+
     def __init__(
         self,
         endpoint: Endpoint,
@@ -172,6 +184,11 @@ class RdmaIncoming:
     def disconnected(self) -> bool:
         """Whether the source has ended the connection."""
         return self._endpoint.disconnected
+
+    @property
+    def went_on(self) -> bool:
+        """Whether the source took the RAM blocks that it was offered."""
+        return self.phases > 0
 
     def attach(self, ram: GuestRam) -> None:
         """Say where RAM shall arrive; it must outlive the registrations."""

@@ -22,13 +22,13 @@ from rdma_mig.errors import (
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
 from rdma_mig.memory.ram import GuestBlock, GuestRam
-from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.transport.control import ControlChannel
 from rdma_mig.transport.return_path import ReturnPathReader
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.loading import load
 from rdma_mig.verbs.route import Route, route_of
-from rdma_mig.waits import Cancel
+from rdma_mig.waits import Cancel, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import (
     ControlMessage,
@@ -41,6 +41,7 @@ from rdma_mig.wire.control import (
     decode_register_results,
 )
 from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.stream import encode_hook
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ _MAX_WRITE = 8 << 20
 # Bytes of the stream in one message: what QEMU itself sends at most.
 STREAM_MESSAGE = 32768
 
-# Value of the PING that a return path is tried with; QEMU's own. How long a destination may take to
-# accept that path: as long as QEMU gives it.
-RETURN_PATH_PING = 1
+# How long a destination may take to accept a return path: as long as QEMU gives it.
 _RETURN_PATH_SECONDS = 5.0
 
 # A QEMU destination ends the connection itself, some 50 ms after the last byte.
@@ -169,6 +168,20 @@ class RdmaOutgoing:
     def has_return_path(self) -> bool:
         """Whether the destination says on a return path how it ended."""
         return self._return_path is not None
+
+    @property
+    def restores(self) -> bool:
+        """Whether the destination is a QEMU, and not one of ours, which keeps a snapshot."""
+        return not self.final_ack
+
+    @property
+    def lists_shared(self) -> bool:
+        """Whether the destination takes blocks in the list that it is not sent.
+
+        A QEMU looks in vain for a shared block among those that it offers to RDMA
+        (docs/protocol.md, x-ignore-shared), and misses none that is not listed.
+        """
+        return self.final_ack
 
     @property
     def peer(self) -> str:
@@ -405,6 +418,33 @@ class RdmaOutgoing:
 
         return send
 
+    def send_device_state(
+        self,
+        file: QEMUFile,
+        raw: bytes,
+        eof_offset: int,
+        before_eof: Callable[[], None] | None = None,
+    ) -> str:
+        """Send it so that its borders show how far the destination came.
+
+        A QEMU asks for more only when it has parsed what it has. So one message ends before the
+        EOF byte, and the READY for that byte shows that every device was loaded; the READY for
+        the description shows that the destination has left the device state for good
+        (docs/protocol.md, end of stream).
+        """
+        file.put(raw[: eof_offset - 1])
+        file.flush()
+        send = self.wait_ready("its loading all device state")
+        if before_eof is not None:
+            before_eof()
+        send(raw[eof_offset - 1 : eof_offset])
+        confirmed = "the destination loaded all device state and asked for the end mark"
+        piece = self.stream_message  # a description is asked for again after each
+        for at in range(eof_offset, len(raw), piece):
+            self.wait_ready("its leaving the device state")(raw[at : at + piece])
+            confirmed = "the destination loaded all device state and asked for what follows"
+        return confirmed
+
     def send_stream_end(self) -> None:
         """Say that nothing follows: without a description the destination could not know.
 
@@ -429,11 +469,12 @@ class RdmaOutgoing:
             raise LocalProtocolError("there is no return path")
         return self._return_path.wait_shut()
 
-    def finish(self) -> None:
+    def finish(self) -> str:
         """End the connection; a QEMU, which acknowledges nothing, is given time to do it first."""
         if not self.final_ack:
             self._endpoint.wait_disconnected(_DISCONNECT_SECONDS)
         self.close()
+        return ""
 
     def abort(self) -> None:
         """Tell the destination that this end has failed, and end the connection."""

@@ -7,11 +7,11 @@ QEMU_FILE messages (docs/protocol.md, return path).
 
 from __future__ import annotations
 
-from rdma_mig.errors import RemoteProtocolError
-from rdma_mig.transport.control import ControlChannel, TransportLimits
+from rdma_mig.transport.control import ControlChannel
 from rdma_mig.verbs.endpoint import Endpoint
+from rdma_mig.waits import TransportLimits
 from rdma_mig.wire.control import ControlMessage, ControlType
-from rdma_mig.wire.return_path import Pong, ReturnMessage, ReturnParser, Shut, SwitchoverAck
+from rdma_mig.wire.return_path import ReturnListener, ReturnMessage
 
 __all__ = ["ReturnPathReader", "ReturnPathWriter"]
 
@@ -57,8 +57,7 @@ class ReturnPathReader:
     def __init__(self, endpoint: Endpoint, limits: TransportLimits, ping: int) -> None:
         self._endpoint = endpoint
         self._control = ControlChannel(endpoint, limits, "return-path")
-        self._parser = ReturnParser()
-        self._ping = ping
+        self._listener = ReturnListener(ping)
         # At once, since our own destination waits for it. A QEMU posts its receive late, which our
         # queue pair waits for, and sends its first frame without waiting.
         self._control.grant()
@@ -70,32 +69,15 @@ class ReturnPathReader:
         Raises:
             RemoteProtocolError: another frame than the PONG that is due, or none at all before.
         """
-        ponged = False
-        while True:
-            message = self._next()
-            match message:
-                case Pong() if message.value == self._ping and not ponged:
-                    ponged = True
-                case SwitchoverAck():
-                    pass
-                case Shut() if ponged or message.status != 0:
-                    return message.status
-                case _:
-                    raise RemoteProtocolError(
-                        f"{self._endpoint.peer} sent {message} on the return path where "
-                        f"{'SHUT' if ponged else f'PONG {self._ping}'} was due"
-                    )
-
-    def _next(self) -> ReturnMessage:
-        while (message := self._parser.next_message()) is None:
+        while (status := self._listener.status(self._endpoint.peer)) is None:
             if not self._granted:
                 self._control.grant()
             received = self._control.await_message(
                 ControlType.QEMU_FILE, "the destination's word on the return path"
             )
             self._granted = False
-            self._parser.feed(received.payload)
-        return message
+            self._listener.feed(received.payload)
+        return status
 
     def close(self) -> None:
         """End the connection. Idempotent."""

@@ -15,7 +15,19 @@ from enum import IntEnum
 from rdma_mig.errors import RemoteProtocolError
 from rdma_mig.wire.fields import check_uint
 
-__all__ = ["Pong", "ReturnMessage", "ReturnParser", "ReturnType", "Shut", "SwitchoverAck"]
+__all__ = [
+    "RETURN_PATH_PING",
+    "Pong",
+    "ReturnListener",
+    "ReturnMessage",
+    "ReturnParser",
+    "ReturnType",
+    "Shut",
+    "SwitchoverAck",
+]
+
+RETURN_PATH_PING = 1
+"""Value of the PING that a return path is tried with; QEMU's own."""
 
 _HEADER = struct.Struct(">HH")
 _U32 = struct.Struct(">I")
@@ -134,3 +146,44 @@ class ReturnParser:
         if kind is ReturnType.PONG:
             return Pong(*_U32.unpack(data))
         return SwitchoverAck()
+
+
+class ReturnListener:
+    """What a source hears on its return path, checked against what it may hear.
+
+    Args:
+        ping: value of the PING that the stream carries.
+    """
+
+    def __init__(self, ping: int) -> None:
+        self._parser = ReturnParser()
+        self._ping = ping
+        self._ponged = False
+
+    def feed(self, data: bytes) -> None:
+        """Append bytes of the return path."""
+        self._parser.feed(data)
+
+    def status(self, peer: str) -> int | None:
+        """Return SHUT's status, 0 when the destination has loaded everything; None for not yet.
+
+        Args:
+            peer: the destination, for the message.
+
+        Raises:
+            RemoteProtocolError: another frame than the PONG that is due, or none at all before.
+        """
+        while (message := self._parser.next_message()) is not None:
+            match message:
+                case Pong() if message.value == self._ping and not self._ponged:
+                    self._ponged = True
+                case SwitchoverAck():
+                    pass
+                case Shut() if self._ponged or message.status != 0:
+                    return message.status
+                case _:
+                    due = "SHUT" if self._ponged else f"PONG {self._ping}"
+                    raise RemoteProtocolError(
+                        f"{peer} sent {message} on the return path where {due} was due"
+                    )
+        return None

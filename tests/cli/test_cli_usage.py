@@ -75,7 +75,8 @@ BAD_URIS = [
     "rdma:[::1:4444", "rdma:::1:4444", "rdma:[nonsense]:1", "rdma:[]:4444", "rdma:h:65536",
     "rdma:h:-1", "rdma:h:0x10", "rdma:h:1.5", "rdma:h: 1", "rdma:h:\u0661", "rdma:h:" + "9" * 400,
     "rdma:h ost:1", "rdma:h/ost:1", "rdma:ho\nst:1", "rdma:user@h:1", "rdma:h:1,bogus=on",
-    "rdma:h:1,", "tcp:h:4444", "RDMA:h:4444", "h:4444", "//h:4444", "rdma://h:4444",
+    "rdma:h:1,", "vsock:1:2", "tcp:h", "unix:", "fd:x", "exec:", "file:",
+    "RDMA:h:4444", "h:4444", "//h:4444", "rdma://h:4444",
 ]  # fmt: skip
 
 
@@ -111,9 +112,9 @@ def in_process(arguments: Sequence[str | Path]) -> str:
 
 
 def test_in_a_process_the_same(tmp_path):
-    line = one_line(run("incoming", "tcp:h:1", "-o", tmp_path / "vm"), 2)
-    assert line == in_process(["incoming", "tcp:h:1", "-o", tmp_path / "vm"])
-    assert "write rdma:HOST:PORT" in line
+    line = one_line(run("incoming", "vsock:1:2", "-o", tmp_path / "vm"), 2)
+    assert line == in_process(["incoming", "vsock:1:2", "-o", tmp_path / "vm"])
+    assert "write one of rdma:..., tcp:..." in line
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_in_a_process_the_same(tmp_path):
         ([], "COMMAND"),
         (["bogus"], "bogus"),
         (["--bogus"], "COMMAND"),
-        (["incoming"], "rdma:HOST:PORT"),
+        (["incoming"], "URI"),
         (["incoming", "rdma:h:1"], "--output"),
         (["incoming", "rdma:h:1", "-o"], "expected one argument"),
         (["incoming", "rdma:h:1", "-o", "x", "--bogus"], "--bogus"),
@@ -140,7 +141,7 @@ def test_in_a_process_the_same(tmp_path):
         (["incoming", "rdma:h:1", "-o", "x", "--ready-fd", "9" * 30], "is not an open descriptor"),
         (["incoming", "rdma:h:1", "-o", "x", "--bogus\nsecond line"], "bogus"),
         (["outgoing"], "DIR"),
-        (["outgoing", "dir"], "rdma:HOST:PORT"),
+        (["outgoing", "dir"], "URI"),
         (["outgoing", "dir", "rdma:h:0"], "for listening only"),
         (["outgoing", "dir", "rdma:h:1", "--output", "x"], "--output"),
         (["inspect"], "DIR"),

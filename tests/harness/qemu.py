@@ -293,6 +293,13 @@ class Qemu:
             raise HarnessError(f"{self.name} was closed")
         return self._talk(command, self._monitor.client.execute(command, named), deadline)
 
+    def give(self, name: str, fd: int) -> None:
+        """Give QEMU a duplicate of a descriptor, under a name for ``fd:NAME``."""
+        if self._monitor is None:
+            raise HarnessError(f"{self.name} was closed")
+        self._monitor.client.send_fd_scm(fd)
+        self.qmp("getfd", fdname=name)
+
     def hmp(self, line: str) -> str:
         """Execute a command of the human monitor and return what it prints."""
         return str(self.qmp("human-monitor-command", command_line=line))

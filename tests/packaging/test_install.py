@@ -254,9 +254,27 @@ def test_inspect_sees_damage(installed, snapshot, tmp_path):
 
 
 def test_usage_errors_come_before_missing_rdma(installed, tmp_path):
-    done = installed.rdma_migrate("incoming", "tcp:0.0.0.0:4444", "--output", tmp_path / "vm")
+    done = installed.rdma_migrate("incoming", "vsock:1:2", "--output", tmp_path / "vm")
     assert done.returncode == USAGE
     assert one_line(done.stderr)
+
+
+def test_a_machine_migrates_without_rdma(installed, snapshot, tmp_path):
+    """Through a file, and through a command that is the other end itself."""
+    stream, back, piped = tmp_path / "stream", tmp_path / "back", tmp_path / "piped"
+    command = installed.python.with_name("rdma-migrate")
+    for arguments in (
+        ("outgoing", snapshot, f"file:{stream}"),
+        ("incoming", f"file:{stream}", "--output", back),
+        ("incoming", f"exec:{command} outgoing {snapshot} fd:1 --quiet", "--output", piped),
+    ):
+        done = installed.rdma_migrate(*arguments)
+        assert (done.returncode, done.stderr) == (DONE, ""), arguments
+    assert stream.stat().st_size > 0
+    for copy in (back, piped):
+        assert (copy / "device-state").read_bytes() == (snapshot / "device-state").read_bytes()
+        for number, block in enumerate(sorted((snapshot / "ram").glob("*.raw"))):
+            assert (copy / "ram" / f"{number}.raw").read_bytes() == block.read_bytes()
 
 
 def test_incoming_says_what_is_missing(installed, tmp_path):

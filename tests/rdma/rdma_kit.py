@@ -146,11 +146,11 @@ def is_plain_install() -> bool:
 
 def copy_package(target: Path) -> None:
     """Put the package, with the extension modules in use, into one directory."""
-    from rdma_mig import _pages
+    from rdma_mig import _dirty, _pages, _stream
 
     source = Path(rdma_mig.__file__).parent
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for module in (_pages, load()):
+    for module in (_dirty, _pages, _stream, load()):
         shutil.copy(module.__file__, target)
     compileall.compile_dir(target, quiet=2)
 

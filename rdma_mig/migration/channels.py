@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``*_start_incoming_migration`` and ``*_start_outgoing_migration`` of migration.h, without RDMA.
+
+Arguments are what stands behind the scheme in a URI, as in the header. Like those of RDMA, they
+check their arguments and this host at once, and return when listening or connecting has begun; the
+rest runs on the migration's worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rdma_mig.channel.files import FileReader, FileWriter
+from rdma_mig.channel.link import Link, inherited_link
+from rdma_mig.channel.plain import PlainIncoming, PlainOutgoing
+from rdma_mig.channel.process import ProcessLink
+from rdma_mig.channel.qemufile import QEMUFile
+from rdma_mig.channel.sockets import SocketListener, connect
+from rdma_mig.channel.transport import AT_SOURCE, DestinationTransport, SourceTransport
+from rdma_mig.errors import MigrationError, UsageError
+from rdma_mig.migration.clients import client_guard, warn_if_open
+from rdma_mig.migration.events import Connected, Listening
+from rdma_mig.migration.failures import complete_failure
+from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.waits import Deadline, TransportLimits
+from rdma_mig.wire.return_path import RETURN_PATH_PING
+from rdma_mig.wire.uri import (
+    ExecAddress,
+    FdAddress,
+    FileAddress,
+    MigrationAddress,
+    RdmaAddress,
+    TcpAddress,
+    UnixAddress,
+    parse_uri,
+)
+
+__all__ = [
+    "ChannelOptions",
+    "Process",
+    "Save",
+    "exec_start_incoming_migration",
+    "exec_start_outgoing_migration",
+    "fd_start_incoming_migration",
+    "fd_start_outgoing_migration",
+    "file_start_incoming_migration",
+    "file_start_outgoing_migration",
+    "start_incoming",
+    "start_outgoing",
+    "tcp_start_incoming_migration",
+    "tcp_start_outgoing_migration",
+    "unix_start_incoming_migration",
+    "unix_start_outgoing_migration",
+]
+
+Process = Callable[[Migration, QEMUFile, DestinationTransport], None]
+"""An engine's function that loads the stream from the file."""
+
+Save = Callable[[Migration, QEMUFile, SourceTransport], None]
+"""An engine's function that writes the stream to the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelOptions:
+    """Options of a migration over a plain channel.
+
+    Attributes:
+        return_path: let the destination say on the same socket how it ended; None for where there
+            is a socket. Outgoing only, since a destination takes what the source opens.
+        total_seconds: limit on the whole migration; None for none.
+        stall_seconds: how long a peer may say or take nothing; None for ever.
+        allow: networks that a source may come from, over TCP; none for everywhere. Incoming only.
+        accept_seconds: limit on the wait for a source; None for none.
+    """
+
+    return_path: bool | None = None
+    total_seconds: float | None = None
+    stall_seconds: float | None = None
+    allow: tuple[str, ...] = ()
+    accept_seconds: float | None = None
+
+    def limits(self) -> TransportLimits:
+        """Make the limits of a migration that begins now."""
+        return TransportLimits(self.total_seconds, self.stall_seconds)
+
+
+def start_incoming(
+    address: MigrationAddress,
+    *,
+    migration: Migration,
+    process: Process,
+    options: ChannelOptions | None = None,
+) -> str:
+    """Await a source at any address but RDMA's, and process its migration on the worker thread.
+
+    Args:
+        address: where.
+        migration: owns what is started; becomes the process's current one.
+        process: loads the stream from the file.
+        options: limits.
+
+    Returns:
+        the URI that a source can connect to.
+
+    Raises:
+        UsageError: --allow where nobody has an address.
+        HostError: this host cannot do it.
+        LocalProtocolError: another migration is under way.
+    """
+    options = options or ChannelOptions()
+    if options.allow and not isinstance(address, TcpAddress):
+        raise UsageError(f"--allow is for addresses of the network, and {address} has none")
+    migration.become_current()
+    cancel = migration.cancellation
+    match address:
+        case TcpAddress() | UnixAddress():
+            guard = client_guard(migration, options.allow)
+            listener = SocketListener(address, cancel, guard)
+            ready = str(listener.address)
+            if guard is None and isinstance(listener.address, TcpAddress):
+                warn_if_open(migration, listener.address.host)
+
+            def open_link() -> Link:
+                with listener:
+                    return listener.accept(Deadline.after(options.accept_seconds), options.limits)
+
+        case RdmaAddress():
+            raise UsageError(f"{address} is RDMA's")
+        case _:
+            link = _reading(address, migration, options)
+            ready = str(address)
+
+            def open_link() -> Link:
+                return link
+
+    migration.emit(Listening(ready))
+    migration.run(lambda: _incoming(migration, open_link, process), "rdma-mig-incoming")
+    return ready
+
+
+def _reading(address: MigrationAddress, migration: Migration, options: ChannelOptions) -> Link:
+    cancel, limits = migration.cancellation, options.limits()
+    match address:
+        case FdAddress():
+            return inherited_link(address.number, reading=True, cancel=cancel, limits=limits)
+        case ExecAddress():
+            return ProcessLink(address.command, reading=True, cancel=cancel, limits=limits)
+        case FileAddress():
+            return FileReader(address, cancel, limits)
+    raise UsageError(f"{address} cannot be read")
+
+
+def _incoming(migration: Migration, open_link: Callable[[], Link], process: Process) -> None:
+    migration.state.step = "waiting for a source"
+    migration.state.owner = AT_SOURCE
+    transport = PlainIncoming(link := open_link())
+    try:
+        _connected(migration, link)
+        process(migration, QEMUFile(transport), transport)
+    except MigrationError as error:
+        complete_failure(error, transport.peer, "source")
+        transport.abort()
+        raise
+    finally:
+        transport.close()
+
+
+def _connected(migration: Migration, link: Link) -> None:
+    migration.state.status = MigrationStatus.ACTIVE
+    migration.emit(
+        Connected(
+            peer=link.peer,
+            local=link.local,
+            device=None,
+            port=None,
+            transport=link.kind,
+            gid_index=None,
+            gid=None,
+            mtu=None,
+            pin_all=False,
+        )
+    )
+
+
+def start_outgoing(
+    migration: Migration,
+    address: MigrationAddress,
+    *,
+    save: Save,
+    options: ChannelOptions | None = None,
+) -> None:
+    """Connect to any address but RDMA's, and save to it on the worker thread.
+
+    Args:
+        migration: owns what is started; becomes the process's current one.
+        address: where.
+        save: writes the stream to the file.
+        options: limits.
+
+    Raises:
+        UsageError: a return path where there can be none.
+        HostError: this host cannot do it.
+        LocalProtocolError: another migration is under way.
+    """
+    options = options or ChannelOptions()
+    if options.return_path and isinstance(address, (ExecAddress, FileAddress)):
+        raise UsageError(f"{address} has no way back: leave --return-path out")
+    migration.become_current()
+    cancel = migration.cancellation
+    match address:
+        case TcpAddress() | UnixAddress():
+
+            def open_link() -> Link:
+                return connect(address, cancel, options.limits)
+
+        case FdAddress():
+            link = inherited_link(
+                address.number, reading=False, cancel=cancel, limits=options.limits()
+            )
+            if options.return_path and not link.two_way:
+                link.close()
+                raise UsageError(f"{address} has no way back: leave --return-path out")
+
+            def open_link() -> Link:
+                return link
+
+        case ExecAddress():
+
+            def open_link() -> Link:
+                return ProcessLink(
+                    address.command, reading=False, cancel=cancel, limits=options.limits()
+                )
+
+        case FileAddress():
+            # Here, so that what cannot be written is said at once.
+            writer = FileWriter(address, cancel, options.limits())
+
+            def open_link() -> Link:
+                return writer
+
+        case RdmaAddress():
+            raise UsageError(f"{address} is RDMA's")
+
+    def work() -> None:
+        migration.state.step = "connecting"
+        try:
+            link = open_link()
+        except MigrationError as error:
+            complete_failure(error, str(address), "destination")
+            raise
+        wanted = link.two_way if options.return_path is None else options.return_path
+        _outgoing(migration, link, save, return_path=wanted)
+
+    migration.run(work, "rdma-mig-outgoing")
+
+
+def _outgoing(migration: Migration, link: Link, save: Save, *, return_path: bool) -> None:
+    transport = PlainOutgoing(link, return_path=return_path, ping=RETURN_PATH_PING)
+    try:
+        _connected(migration, link)
+        save(migration, QEMUFile(transport), transport)
+    except MigrationError as error:
+        complete_failure(error, transport.peer, "destination")
+        transport.abort()
+        raise
+    finally:
+        transport.close()
+
+
+# ---- the header's names ----
+
+
+def _incoming_name(scheme: str, what: str) -> Callable[..., str]:
+    def start(
+        address: str,
+        *,
+        migration: Migration,
+        process: Process,
+        options: ChannelOptions | None = None,
+    ) -> str:
+        return start_incoming(
+            parse_uri(f"{scheme}:{address}", listening=True),
+            migration=migration,
+            process=process,
+            options=options,
+        )
+
+    start.__name__ = start.__qualname__ = f"{scheme}_start_incoming_migration"
+    start.__doc__ = f"""Process a migration that comes {what}; see `start_incoming`."""
+    return start
+
+
+def _outgoing_name(scheme: str, what: str) -> Callable[..., None]:
+    def start(
+        state: Migration, address: str, *, save: Save, options: ChannelOptions | None = None
+    ) -> None:
+        start_outgoing(
+            state, parse_uri(f"{scheme}:{address}", listening=False), save=save, options=options
+        )
+
+    start.__name__ = start.__qualname__ = f"{scheme}_start_outgoing_migration"
+    start.__doc__ = f"""Save a migration {what}; see `start_outgoing`."""
+    return start
+
+
+tcp_start_incoming_migration = _incoming_name("tcp", "over TCP: ``HOST:PORT`` to listen at")
+unix_start_incoming_migration = _incoming_name("unix", "over a socket: ``PATH`` to listen at")
+fd_start_incoming_migration = _incoming_name("fd", "from a descriptor: its number")
+exec_start_incoming_migration = _incoming_name("exec", "from the output of a shell command")
+file_start_incoming_migration = _incoming_name("file", "from a file: ``PATH[,offset=BYTES]``")
+tcp_start_outgoing_migration = _outgoing_name("tcp", "over TCP, to ``HOST:PORT``")
+unix_start_outgoing_migration = _outgoing_name("unix", "over the socket at ``PATH``")
+fd_start_outgoing_migration = _outgoing_name("fd", "to a descriptor, a number")
+exec_start_outgoing_migration = _outgoing_name("exec", "to the input of a shell command")
+file_start_outgoing_migration = _outgoing_name("file", "to a file: ``PATH[,offset=BYTES]``")
