@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rdma_mig.cli.options import add_common, rdma_options
@@ -70,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.snapshot import Snapshot
 
     rdma = rdma_options(args, listening=False)
-    reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
+    reporter = Reporter(
+        as_json=args.json,
+        quiet=args.quiet,
+        verbose=args.verbose,
+        # Standard output may be the stream's.
+        out=sys.stderr if args.uri == "fd:1" else None,
+    )
     with (
         Snapshot.open(args.directory) as snapshot,
         tracing_to(args.trace, "outgoing", reporter) as trace,

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from rdma_mig.errors import MigrationError, UsageError
 from rdma_mig.migration.events import (
@@ -29,13 +29,15 @@ __all__ = ["Reporter", "drive", "tracing_to"]
 
 _PHASES = {
     "load": "reading the snapshot",
-    "setup": "registering memory",
+    "setup": "preparing memory",
     "round": "RAM round",
     "transfer": "writing RAM to the destination",
     "device-state": "receiving device state",
     "write": "writing the snapshot",
 }
 _INTERVAL = 1.0
+# Addresses at which a source is awaited; elsewhere something is read that is there already.
+_AWAITED = ("rdma:", "tcp:", "unix:")
 
 
 def _size(count: float) -> str:
@@ -54,11 +56,19 @@ class Reporter:
         quiet: neither progress nor summary.
         verbose: also says over which device and with whom.
         ready_fd: descriptor that the listening address is written to, then closed; None for none.
+        out: where summaries and JSON go; None for standard output.
     """
 
     def __init__(
-        self, *, as_json: bool, quiet: bool, verbose: bool, ready_fd: int | None = None
+        self,
+        *,
+        as_json: bool,
+        quiet: bool,
+        verbose: bool,
+        ready_fd: int | None = None,
+        out: TextIO | None = None,
     ) -> None:
+        self._out = sys.stdout if out is None else out
         self._json = as_json
         self._quiet = quiet
         self._verbose = verbose
@@ -106,8 +116,7 @@ class Reporter:
                 self._quiet = True
 
     def _print_json(self, event: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(event) + "\n")
-        sys.stdout.flush()
+        print(json.dumps(event), file=self._out, flush=True)
 
     def _ready(self, uri: str) -> None:
         fd, self._ready_fd = self._ready_fd, None
@@ -121,7 +130,8 @@ class Reporter:
     def _show(self, event: MigrationEvent) -> None:
         match event:
             case Listening():
-                print(f"listening on {event.uri}", flush=True)
+                what = "listening on" if event.uri.startswith(_AWAITED) else "reading"
+                print(f"{what} {event.uri}", file=self._out, flush=True)
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
                 over = f"{event.device}, {pinned}" if event.device else event.transport
@@ -171,7 +181,7 @@ class Reporter:
             f"  snapshot      {event.path}",
             f"  confirmed     {event.confirmed}",
         ]
-        print("\n".join(lines), flush=True)
+        print("\n".join(lines), file=self._out, flush=True)
 
 
 @contextlib.contextmanager

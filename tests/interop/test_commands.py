@@ -67,7 +67,7 @@ def test_text_is_a_line_when_ready_then_progress_then_a_summary(snapshot: Snapsh
         assert summary["snapshot"] == str(directory)
         assert "on disk" in summary["confirmed"]
     # Progress goes where it spoils no pipe.
-    assert [line for line in progress if line.startswith("registering memory: ")]
+    assert [line for line in progress if line.startswith("preparing memory: ")]
     assert "RAM round 1" in progress
     assert [line for line in sent_progress if line.startswith("writing RAM to the destination: ")]
 
