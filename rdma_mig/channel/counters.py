@@ -24,12 +24,24 @@ class RamCounters:
         transferred: bytes that went to the destination, as query-migrate counts them. The data
             of issued runs is added here; what was put into the stream, and the 1 for each page
             that a transport took, is for the caller to add.
+        xbzrle_pages: sent as what has changed in them.
+        xbzrle_bytes: bytes of those in the stream.
+        xbzrle_overflow: had changed so much that they were sent as data.
+        xbzrle_cache_miss: sent as data since the cache did not have them.
+        xbzrle_cache_miss_rate: part of the pages of the last period that the cache did not have.
+        xbzrle_encoding_rate: how many times fewer bytes were sent in it than those pages have.
     """
 
     normal_pages: int = 0
     duplicate_pages: int = 0
     skipped_pages: int = 0
     transferred: int = 0
+    xbzrle_pages: int = 0
+    xbzrle_bytes: int = 0
+    xbzrle_overflow: int = 0
+    xbzrle_cache_miss: int = 0
+    xbzrle_cache_miss_rate: float = 0.0
+    xbzrle_encoding_rate: float = 0.0
 
     @property
     def normal_bytes(self) -> int:

@@ -106,7 +106,7 @@ class QEMUFile:
         if not zero:
             self.position += size
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes | memoryview) -> None:
         """Append bytes to the stream."""
         self.check()
         self._buffer += data

@@ -7,16 +7,11 @@ import time
 
 from rdma_mig.channel.counters import RamCounters
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import (
-    MigrationCancelled,
-    MigrationError,
-    MigrationTimeout,
-    PeerGone,
-    SnapshotError,
-)
+from rdma_mig.errors import MigrationError, PeerGone, SnapshotError
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Completed, Progress, Warned
+from rdma_mig.migration.handover import hand_over
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_FINISH,
     RAM_CONTROL_SETUP,
@@ -27,6 +22,7 @@ from rdma_mig.migration.ram_control import (
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.snapshot import Snapshot
 from rdma_mig.transport.outgoing import RETURN_PATH_PING, RdmaOutgoing
+from rdma_mig.wire.device_state import DeviceState
 from rdma_mig.wire.stream import (
     CommandType,
     StreamBlock,
@@ -131,6 +127,7 @@ class SnapshotSource:
                 f"source: {blocks}",
             ) from error
         file.put(encode_eos() + footer)
+        migration.advance(MigrationStatus.ACTIVE)
         # The machine rests, so one last phase carries all RAM and there are no rounds before it.
         file.put(encode_section_end(manifest.ram_section_id))
         ram_control_before_iterate(file, RAM_CONTROL_FINISH)
@@ -141,32 +138,12 @@ class SnapshotSource:
             migration.emit(Progress("transfer", done, self.ram.total))
         ram_control_after_iterate(file, RAM_CONTROL_FINISH)
         migration.state.rounds = 1
-        migration.state.status = MigrationStatus.DEVICE
+        migration.advance(MigrationStatus.DEVICE)
         file.put(encode_eos() + footer)
         file.flush()
-        confirmed = self._device_state(file, transport)
+        state = DeviceState(self.snapshot.device_state, self.snapshot.eof_offset, manifest.footers)
+        confirmed = hand_over(file, transport, state, owner=self.owner)
         ended = time.monotonic()
-        if transport.final_ack:
-            if manifest.eof_offset == manifest.device_state.size:
-                transport.send_stream_end()
-            ack = transport.wait_final_ack()
-            if ack.status != 0:
-                raise MigrationError(
-                    f"{transport.peer} has received everything and failed to keep it: "
-                    f"{ack.message or 'no reason given'}",
-                    owner=self.owner,
-                )
-            confirmed = "the destination acknowledged that RAM and device state are on disk"
-        if transport.has_return_path:
-            status = transport.wait_shut()
-            if status != 0:
-                raise MigrationError(
-                    f"{transport.peer} says on the return path that it failed (status {status})",
-                    owner=self.owner,
-                    remedy="its own messages say why",
-                )
-            if not transport.final_ack:
-                confirmed = "the destination said on the return path that it has loaded everything"
         if not transport.final_ack:
             self._note_restoration(migration, transport.peer)
         transport.finish()
@@ -181,36 +158,6 @@ class SnapshotSource:
             migration.emit(
                 Warned(f"that this snapshot was restored is not noted in it: {error.message}")
             )
-
-    def _device_state(self, file: QEMUFile, transport: RdmaOutgoing) -> str:
-        """Send the device state so that its borders show how far the destination came.
-
-        A QEMU asks for more only when it has parsed what it has. So one message ends before the
-        EOF byte, and the READY for that byte shows that every device was loaded; the READY for
-        the description shows that the destination has left the device state for good
-        (docs/protocol.md, end of stream).
-        """
-        state = self.snapshot.device_state
-        eof = self.snapshot.eof_offset
-        try:
-            file.put(state[: eof - 1])
-            file.flush()
-            transport.wait_ready("its loading all device state")(state[eof - 1 : eof])
-            confirmed = "the destination loaded all device state and asked for the end mark"
-            piece = transport.stream_message  # a description is asked for again after each
-            for at in range(eof, len(state), piece):
-                transport.wait_ready("its leaving the device state")(state[at : at + piece])
-                confirmed = "the destination loaded all device state and asked for what follows"
-        except (MigrationCancelled, MigrationTimeout):
-            raise
-        except PeerGone as error:
-            raise MigrationError(
-                f"the destination did not load all device state ({error.message})",
-                owner=self.owner,
-                remedy="start it with the machine, memory and devices of the source; its own "
-                "messages name what it could not load",
-            ) from error
-        return confirmed
 
     def _report(
         self,

@@ -142,8 +142,9 @@ def copy_package(target: Path) -> None:
 
     source = Path(rdma_mig.__file__).parent
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for module in (_pages, load()):
-        shutil.copy(module.__file__, target)
+    load()  # now: what the fixture sets keeps the editable install from finding it later
+    for module in Path(_pages.__file__).parent.glob("_*.so"):
+        shutil.copy(module, target)
     compileall.compile_dir(target, quiet=2)
 
 
