@@ -73,7 +73,7 @@ def migrate(current, guest, connection, **settings):
 def test_every_name_is_there_without_verbs():
     script = (
         "import sys; sys.modules['pyverbs'] = None; sys.modules['rdma_mig._verbs'] = None\n"
-        "import rdma_mig.migration as m\n"
+        "import rdma_mig.migration as m, rdma_mig.plugin\n"
         "assert all(getattr(m, name) is not None for name in m.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
