@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import time
 import warnings
 from dataclasses import dataclass
@@ -94,6 +96,14 @@ class Cancel(Closing):
     def fileno(self) -> int:
         """Return the descriptor: readable from the first request on."""
         return self._fd
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for so long, or until the end is asked for; return whether it was."""
+        if not self._requested and seconds > 0:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            poll.poll(math.ceil(seconds * 1000))
+        return self._requested
 
     def check(self, doing: str) -> None:
         """Raise MigrationCancelled when the end was asked for; ``doing`` says what is left off."""

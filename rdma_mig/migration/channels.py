@@ -156,8 +156,11 @@ def _incoming(migration: Migration, open_link: Callable[[], Link], process: Proc
     migration.state.owner = AT_SOURCE
     transport = PlainIncoming(link := open_link())
     try:
+        migration.advance(MigrationStatus.ACTIVE)
         _connected(migration, link)
-        process(migration, QEMUFile(transport), transport)
+        file = QEMUFile(transport)
+        migration.connected(file)
+        process(migration, file, transport)
     except MigrationError as error:
         complete_failure(error, transport.peer, "source")
         transport.abort()
@@ -167,7 +170,6 @@ def _incoming(migration: Migration, open_link: Callable[[], Link], process: Proc
 
 
 def _connected(migration: Migration, link: Link) -> None:
-    migration.state.status = MigrationStatus.ACTIVE
     migration.emit(
         Connected(
             peer=link.peer,
@@ -259,7 +261,9 @@ def _outgoing(migration: Migration, link: Link, save: Save, *, return_path: bool
     transport = PlainOutgoing(link, return_path=return_path, ping=RETURN_PATH_PING)
     try:
         _connected(migration, link)
-        save(migration, QEMUFile(transport), transport)
+        file = QEMUFile(transport)
+        migration.connected(file)
+        save(migration, file, transport)
     except MigrationError as error:
         complete_failure(error, transport.peer, "destination")
         transport.abort()

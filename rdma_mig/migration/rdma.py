@@ -18,7 +18,11 @@ from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.clients import client_guard, warn_if_open
 from rdma_mig.migration.events import Connected, Listening, Warned
 from rdma_mig.migration.failures import complete_failure
-from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.migration.live import LiveSource
+from rdma_mig.migration.load import LiveDestination
+from rdma_mig.migration.notifiers import require_unblocked
+from rdma_mig.migration.state import Migration, migrate_get_current
+from rdma_mig.migration.status import MigrationCapability, MigrationState, MigrationStatus
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
 from rdma_mig.verbs.endpoint import EndpointOptions
@@ -73,17 +77,19 @@ class RdmaOptions:
 def rdma_start_incoming_migration(
     host_port: str,
     *,
-    migration: Migration,
-    process: Callable[[Migration, QEMUFile, RdmaIncoming], None],
+    migration: Migration | None = None,
+    process: Callable[[Migration, QEMUFile, RdmaIncoming], None] | None = None,
     options: RdmaOptions | None = None,
 ) -> RdmaAddress:
     """Listen for a source, and process its migration on the worker thread.
 
     Args:
         host_port: ``rdma:HOST:PORT``; port 0 takes a free one.
-        migration: owns what is started; becomes the process's current one.
+        migration: owns what is started; becomes the process's current one. None, as in the
+            header: the process's own, with what is set for it.
         process: the engine: loads the stream from the file. It attaches RAM to the transport
             when it has read the block list (the header leaves that to QEMU's global RAM list).
+            None for `process_incoming_migration`.
         options: limits and sizes.
 
     Returns:
@@ -96,13 +102,18 @@ def rdma_start_incoming_migration(
     """
     options = options or RdmaOptions()
     address = RdmaAddress.parse(host_port, listening=True)
+    migration = Migration.of(migrate_get_current()) if migration is None else migration
+    if process is None:
+        destination = LiveDestination(migration.state.require_guest())
+        process = destination.process
     migration.become_current()
     load()
     guard = client_guard(migration, options.allow)
     endpoint = replace(options.endpoint, trace=migration.trace)
+    work, load_stream = migration, process
 
     def refused(peer: str, why: str) -> None:
-        migration.emit(Warned(f"turned {peer} away: {why}"))
+        work.emit(Warned(f"turned {peer} away: {why}"))
 
     listener = IncomingListener(address, migration.cancellation, endpoint, guard, refused)
     try:
@@ -116,7 +127,7 @@ def rdma_start_incoming_migration(
         migration.emit(Listening(str(listener.address)))
         if guard is None:
             warn_if_open(migration, listener.address.host)
-        migration.run(lambda: _incoming(migration, listener, process, options), "rdma-mig-incoming")
+        migration.run(lambda: _incoming(work, listener, load_stream, options), "rdma-mig-incoming")
     except BaseException:
         listener.close()
         raise
@@ -143,9 +154,11 @@ def _incoming(
             TransportLimits(options.total_seconds, options.stall_seconds),
         )
         try:
-            migration.state.status = MigrationStatus.ACTIVE
+            migration.advance(MigrationStatus.ACTIVE)
             migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
-            process(migration, QEMUFile(transport, transport), transport)
+            file = QEMUFile(transport, transport)
+            migration.connected(file)
+            process(migration, file, transport)
         except MigrationError as error:
             complete_failure(error, transport.peer, "source")
             transport.abort()
@@ -157,33 +170,42 @@ def _incoming(
 
 
 def rdma_start_outgoing_migration(
-    state: Migration,
+    state: Migration | MigrationState,
     host_port: str,
     *,
-    ram: GuestRam,
-    save: Callable[[Migration, QEMUFile, RdmaOutgoing], None],
+    ram: GuestRam | None = None,
+    save: Callable[[Migration, QEMUFile, RdmaOutgoing], None] | None = None,
     options: RdmaOptions | None = None,
 ) -> None:
     """Connect to a destination, and save to it on the worker thread.
 
     Args:
-        state: the migration that owns what is started; becomes the process's current one.
+        state: the migration that owns what is started; becomes the process's current one. With
+            the header's `MigrationState`, one is made with what is set there.
         host_port: ``rdma:HOST:PORT``.
-        ram: the guest's RAM; it must outlive the migration.
-        save: the engine: writes the stream to the file and calls the RAM hooks.
-        options: limits and sizes.
+        ram: the guest's RAM; it must outlive the migration. None for that of the state's guest.
+        save: the engine: writes the stream to the file and calls the RAM hooks. None for
+            `LiveSource`, with the state's guest.
+        options: limits and sizes; None for what the capabilities say.
 
     Raises:
-        UsageError: the URI cannot be used.
+        UsageError: the URI cannot be used, or block devices were asked for.
         HostError: this host has no RDMA.
         LocalProtocolError: another migration is under way.
+        MigrationError: migrations are blocked (`migrate_add_blocker`).
     """
-    options = options or RdmaOptions()
     address = RdmaAddress.parse(host_port, listening=False)
-    state.become_current()
+    require_unblocked()
+    migration = Migration.of(state)
+    settings = migration.state
+    settings.params.check()
+    work = options or RdmaOptions(pin_all=settings.enabled(MigrationCapability.RDMA_PIN_ALL))
+    engine = save or LiveSource(settings.require_guest(), total_seconds=work.total_seconds).save
+    memory = settings.require_guest().ram if ram is None else ram
+    migration.become_current()
     require_rdma()
     load()
-    state.run(lambda: _outgoing(state, address, ram, save, options), "rdma-mig-outgoing")
+    migration.run(lambda: _outgoing(migration, address, memory, engine, work), "rdma-mig-outgoing")
 
 
 def _outgoing(
@@ -209,13 +231,14 @@ def _outgoing(
         complete_failure(error, f"{address.host}:{address.port}", "destination")
         raise
     try:
-        migration.state.status = MigrationStatus.ACTIVE
         migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
         if options.pin_all and not transport.pin_all:
             migration.emit(
                 Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used")
             )
-        save(migration, QEMUFile(transport, transport), transport)
+        file = QEMUFile(transport, transport)
+        migration.connected(file)
+        save(migration, file, transport)
     except MigrationError as error:
         complete_failure(error, transport.peer, "destination")
         transport.abort()

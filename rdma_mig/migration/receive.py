@@ -197,7 +197,7 @@ class SnapshotDestination:
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case RamEnd():
                 migration.note_round(last=True)
-                migration.state.status = MigrationStatus.DEVICE
+                migration.advance(MigrationStatus.DEVICE)
                 migration.state.step = "receiving the last RAM"
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case SectionEnd():

@@ -8,17 +8,12 @@ import time
 from rdma_mig.channel.counters import RamCounters
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.transport import SourceTransport
-from rdma_mig.errors import (
-    MigrationCancelled,
-    MigrationError,
-    MigrationTimeout,
-    PeerGone,
-    SnapshotError,
-)
+from rdma_mig.errors import MigrationError, PeerGone, SnapshotError
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 from rdma_mig.memory.page_stream import PageWriter
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Completed, Progress, Warned
+from rdma_mig.migration.handover import hand_over
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_FINISH,
     RAM_CONTROL_SETUP,
@@ -28,6 +23,7 @@ from rdma_mig.migration.ram_control import (
 from rdma_mig.migration.ram_save import ram_save_pages
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.snapshot import Snapshot
+from rdma_mig.wire.device_state import DeviceState
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.stream import (
     CommandType,
@@ -132,6 +128,7 @@ class SnapshotSource:
                 f"source: {blocks}",
             ) from error
         file.put(encode_eos() + footer)
+        migration.advance(MigrationStatus.ACTIVE)
         migration.state.step = "writing RAM"
         # The machine rests, so one last phase carries all RAM and there are no rounds before it.
         file.put(encode_section_end(manifest.ram_section_id))
@@ -144,35 +141,12 @@ class SnapshotSource:
             migration.emit(Progress("transfer", done, self.ram.total))
         ram_control_after_iterate(file, RAM_CONTROL_FINISH)
         migration.note_round(last=True)
-        migration.state.status = MigrationStatus.DEVICE
-        migration.state.step = "sending device state"
+        migration.advance(MigrationStatus.DEVICE)
         file.put(encode_eos() + footer)
         file.flush()
-        confirmed = self._device_state(migration, file, transport)
+        state = DeviceState(self.snapshot.device_state, self.snapshot.eof_offset, manifest.footers)
+        confirmed = hand_over(migration, file, transport, state, owner=self.owner)
         ended = time.monotonic()
-        migration.state.step = "waiting for the destination's last word"
-        if transport.final_ack:
-            if manifest.eof_offset == manifest.device_state.size:
-                transport.send_stream_end()
-            ack = transport.wait_final_ack()
-            if ack.status != 0:
-                raise MigrationError(
-                    f"{transport.peer} has received everything and failed to keep it: "
-                    f"{ack.message or 'no reason given'}",
-                    owner=self.owner,
-                    remedy="mend that there, and send it again",
-                )
-            confirmed = "the destination acknowledged that RAM and device state are on disk"
-        if transport.has_return_path:
-            status = transport.wait_shut()
-            if status != 0:
-                raise MigrationError(
-                    f"{transport.peer} says on the return path that it failed (status {status})",
-                    owner=self.owner,
-                    remedy="its own messages say why",
-                )
-            if not transport.final_ack:
-                confirmed = "the destination said on the return path that it has loaded everything"
         confirmed = transport.finish() or confirmed
         migration.note_commit("source", "EOF", "passed")
         if transport.restores:
@@ -188,26 +162,6 @@ class SnapshotSource:
             migration.emit(
                 Warned(f"that this snapshot was restored is not noted in it: {error.message}")
             )
-
-    def _device_state(
-        self, migration: Migration, file: QEMUFile, transport: SourceTransport
-    ) -> str:
-        try:
-            return transport.send_device_state(
-                file,
-                self.snapshot.device_state,
-                self.snapshot.eof_offset,
-                lambda: migration.note_commit("source", "EOF", "before"),
-            )
-        except (MigrationCancelled, MigrationTimeout):
-            raise
-        except PeerGone as error:
-            raise MigrationError(
-                f"the destination did not load all device state ({error.message})",
-                owner=self.owner,
-                remedy="start it with the machine, memory and devices of the source; its own "
-                "messages name what it could not load",
-            ) from error
 
     def _report(
         self,

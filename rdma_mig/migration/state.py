@@ -3,66 +3,33 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
 
+from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.closing import Closing
 from rdma_mig.errors import LocalProtocolError, MigrationError
-from rdma_mig.migration.events import MigrationEvent
+from rdma_mig.migration import notifiers
+from rdma_mig.migration.events import MigrationEvent, Warned
+from rdma_mig.migration.status import MigrationState, MigrationStatus, clock_ms
 from rdma_mig.tracing import Trace
 from rdma_mig.waits import Cancel
 
 __all__ = ["Migration", "MigrationState", "MigrationStatus", "migrate_get_current"]
 
 
-class MigrationStatus(StrEnum):
-    """States of a migration, named as QEMU's ``query-migrate`` names them."""
-
-    NONE = "none"
-    SETUP = "setup"
-    ACTIVE = "active"
-    DEVICE = "device"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
-
-
-@dataclass(slots=True)
-class MigrationState:
-    """What migration.h's ``struct MigrationState`` says of a migration, as far as it is filled.
-
-    Attributes:
-        status: where it stands.
-        setup_seconds: populating and registering memory.
-        total_seconds: from the connection to the end.
-        rounds: registration phases after setup, the last one included.
-        bytes_transferred: RAM bytes posted as RDMA writes; a destination does not see the
-            writes, and counts the RAM that it received once.
-        owner: who owns the virtual machine should the migration fail now; one clause.
-        step: what the migration is at, for messages; a participle: "receiving device state".
-    """
-
-    status: MigrationStatus = MigrationStatus.NONE
-    setup_seconds: float = 0.0
-    total_seconds: float = 0.0
-    rounds: int = 0
-    bytes_transferred: int = 0
-    owner: str = ""
-    step: str = ""
-    started: float = field(default=0.0, repr=False)
-
-
 _current_lock = threading.Lock()
-_current: Migration | None = None
+_current = MigrationState()
 
 
-def migrate_get_current() -> Migration | None:
-    """Return the migration that this process started last through ``rdma_start_*``."""
+def migrate_get_current() -> MigrationState:
+    """Return what is known of, and set for, the process's one migration.
+
+    There always is one, as in the header: before the first ``*_start_*`` it holds the settings
+    only. Starting another migration puts a new object in its place, which keeps the settings.
+    """
     return _current
 
 
@@ -72,6 +39,7 @@ class Migration(Closing):
     Args:
         on_event: called on the worker thread with what happens (rdma_mig.migration.events).
         trace: told in detail what happens; None for no trace. Closed by its owner, after this.
+        state: settings; the defaults if None. It is this migration's from here on.
 
     The context manager cancels what still runs and waits for its end.
     """
@@ -80,16 +48,43 @@ class Migration(Closing):
         self,
         on_event: Callable[[MigrationEvent], None] | None = None,
         trace: Trace | None = None,
+        state: MigrationState | None = None,
     ) -> None:
         self.trace = trace
-        self.state = MigrationState()
+        self.state = MigrationState() if state is None else state
+        self.state.migration = self
         self.cancellation = Cancel()
         self._on_event = on_event
         self._worker: threading.Thread | None = None
         self._error: MigrationError | None = None
+        self._given_up = False
         self._closed = False
 
     # ---- running ----
+
+    @classmethod
+    def of(cls, state: Migration | MigrationState) -> Migration:
+        """Return the migration that a ``*_start_*`` function shall start.
+
+        The header has a ``MigrationState`` there. One that was not migrated with is taken as it
+        is, another one's settings are taken over. Such a migration needs no closing by its user.
+
+        Raises:
+            LocalProtocolError: the state's migration is under way.
+        """
+        global _by_header  # noqa: PLW0603 - as _current
+        if isinstance(state, Migration):
+            return state
+        last = state.migration
+        if last is not None:
+            if last.running:
+                raise LocalProtocolError("another migration is under way in this process")
+            state = state.successor()
+        with _current_lock:
+            if _by_header is not None and not _by_header.running:
+                _by_header.close()
+            _by_header = cls(state=state)
+            return _by_header
 
     def become_current(self) -> None:
         """Be the process's one migration, as the header's functions know only one.
@@ -100,47 +95,105 @@ class Migration(Closing):
         """
         global _current  # noqa: PLW0603 - the header's functions know one migration a process
         with _current_lock:
-            if _current is not None and _current is not self and _current.running:
+            other = _current.migration
+            if other is not None and other is not self and other.running:
                 raise LocalProtocolError("another migration is under way in this process")
-            _current = self
+            _current = self.state
 
     def run(self, work: Callable[[], None], name: str) -> None:
         """Start the worker thread on ``work``; what it raises is kept for wait()."""
         if self._worker is not None:
             raise LocalProtocolError("this migration has been started already")
-        self.state.started = time.monotonic()
-        self.state.status = MigrationStatus.SETUP
+        state = self.state
+        state.total_time = clock_ms()
+        state.status = MigrationStatus.SETUP
+        state.cleanup_bh = self._clean_up
         self._worker = threading.Thread(target=self._guard, args=(work,), name=name)
+        state.thread = self._worker
         self._worker.start()
 
     def _guard(self, work: Callable[[], None]) -> None:
-        state = self.state
         try:
+            self._notify()
             work()
-            state.status = MigrationStatus.COMPLETED
         except MigrationError as error:
-            self._error = error
+            self.fail(error)
         except Exception as error:
-            self._error = MigrationError(
+            defect = MigrationError(
                 f"unexpected {type(error).__name__}: {error}",
                 remedy="this is a defect of rdma-mig: please report it with the output of "
                 "RDMA_MIG_DEBUG=1",
             )
-            self._error.__cause__ = error
+            defect.__cause__ = error
+            self.fail(defect)
         finally:
-            state.total_seconds = time.monotonic() - state.started
+            cleanup = self.state.cleanup_bh
+            if cleanup is not None:
+                cleanup()
+
+    def _clean_up(self) -> None:
+        """End the bookkeeping, on the worker: the final state is what everybody then sees."""
+        state = self.state
+        state.cleanup_bh = None
+        if state.file is not None:
+            state.file.close()
+            state.file = None
+        final = MigrationStatus.COMPLETED
         if self._error is not None:
-            cancelled = self.cancellation.requested
-            state.status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
+            cancelled = self.cancellation.requested and not self._given_up
+            final = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
             self._error.owner = self._error.owner or state.owner
             self._error.step = self._error.step or state.step
+        state.total_time = clock_ms() - state.total_time
+        if final is MigrationStatus.COMPLETED:
+            moved = state.counters.transferred
+            state.mbps = moved * 8 / state.total_time / 1000 if state.total_time else -1.0
         if self.trace is not None:
-            self.trace.record("end", status=str(state.status), message=str(self._error or ""))
+            self.trace.record("end", status=str(final), message=str(self._error or ""))
+        state.status = final
+        self._notify()
+
+    def _notify(self) -> None:
+        """Tell the header's notifiers, if this is the migration that they are told of."""
+        if _current is self.state:
+            for problem in notifiers.notify(self.state):
+                self.emit(Warned(problem))
+
+    def connected(self, file: QEMUFile) -> None:
+        """Note the stream, on the worker; the header has it in ``MigrationState.file``."""
+        self.state.file = file
+        self.state.counters = file.counters
+
+    def advance(self, status: MigrationStatus) -> None:
+        """Go on to a state, unless cancellation has begun."""
+        if self.state.status is not MigrationStatus.CANCELLING:
+            self.state.status = status
+
+    @property
+    def failure(self) -> str:
+        """Why it has failed, one line; empty if it has not."""
+        return "" if self._error is None else str(self._error)
+
+    def fail(self, error: MigrationError) -> None:
+        """Note why the migration fails; the first reason counts."""
+        if self._error is None:
+            self._error = error
+
+    def give_up(self, error: MigrationError) -> None:
+        """End it from outside of its worker: it has failed, and was not cancelled."""
+        self._given_up = True
+        self.fail(error)
+        self.cancellation.request()
 
     @property
     def running(self) -> bool:
         """Whether the worker is at work."""
         return self._worker is not None and self._worker.is_alive()
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether the calling thread is the worker."""
+        return threading.current_thread() is self._worker
 
     def cancel(self) -> None:
         """Ask for the end: from any thread, at any time, also from a signal handler."""
@@ -205,3 +258,13 @@ class Migration(Closing):
         if not getattr(self, "_closed", True):
             warnings.warn("unclosed Migration", ResourceWarning, stacklevel=2)
             self.cancellation.request()
+
+
+_by_header: Migration | None = None
+"""The migration that `Migration.of` made last: nobody else closes it."""
+
+
+@atexit.register
+def _close_last() -> None:
+    if _by_header is not None:
+        _by_header.close()

@@ -146,12 +146,13 @@ def is_plain_install() -> bool:
 
 def copy_package(target: Path) -> None:
     """Put the package, with the extension modules in use, into one directory."""
-    from rdma_mig import _dirty, _pages, _stream
+    from rdma_mig import _pages
 
     source = Path(rdma_mig.__file__).parent
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for module in (_dirty, _pages, _stream, load()):
-        shutil.copy(module.__file__, target)
+    load()  # now: what the fixture sets keeps the editable install from finding it later
+    for module in Path(_pages.__file__).parent.glob("_*.so"):
+        shutil.copy(module, target)
     compileall.compile_dir(target, quiet=2)
 
 

@@ -390,18 +390,18 @@ def test_hooks_on_a_file_that_has_none():
 
 def test_second_migration_through_the_header_is_refused(address, kept):
     with kit.RawListener() as listener, kit.outgoing(kept, listener.uri) as end:
-        assert migrate_get_current() is end.migration
+        assert migrate_get_current() is end.migration.state
         with Migration() as second, pytest.raises(LocalProtocolError, match="under way") as caught:
             rdma_start_incoming_migration(
                 f"rdma:{address}:0", migration=second, process=lambda *_: None
             )
         assert caught.value.exit_status == 1
-        assert migrate_get_current() is end.migration
+        assert migrate_get_current() is end.migration.state
         end.migration.cancel()
         with pytest.raises(MigrationError):
             end.migration.wait(kit.patience(10))
     with kit.incoming(kept.parent / "free again") as third:
-        assert migrate_get_current() is third.migration
+        assert migrate_get_current() is third.migration.state
 
 
 # ---- nothing is left ----

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What others find through entry points; a whole migration by them needs a device."""
+
+from __future__ import annotations
+
+import pytest
+
+from rdma_mig import plugin
+from rdma_mig.errors import UsageError
+from rdma_mig.migration.guests import ProcessGuest, SnapshotGuest
+
+
+def test_transport_is_found_by_its_scheme():
+    transport = plugin.find_transport("rdma")
+    assert (transport.scheme, transport.api_version) == ("rdma", plugin.API_VERSION)
+    with (
+        plugin.Migration() as migration,
+        pytest.raises(UsageError, match="an option that RDMA does not have"),
+    ):
+        transport.start_incoming(
+            "rdma:127.0.0.1:0", migration=migration, process=lambda *_: None, no_such_option=1
+        )
+
+
+def test_guests_are_found_and_are_guests(tmp_path):
+    assert plugin.find_guest("snapshot") is SnapshotGuest
+    assert plugin.find_guest("process") is ProcessGuest
+    with ProcessGuest("toy", [plugin.RamBlock("toy.ram", 4096)]) as guest:
+        assert isinstance(guest, plugin.Guest)
+
+
+def test_unknown_or_other_version_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match=r"no 'tcp2' is installed in rdma_mig\.transports"):
+        plugin.find_transport("tcp2")
+    monkeypatch.setattr("rdma_mig.migration.transports.RdmaTransport.api_version", 0)
+    with pytest.raises(UsageError, match="written for version 0"):
+        plugin.find_transport("rdma")
