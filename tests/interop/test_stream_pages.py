@@ -103,10 +103,18 @@ def test_what_a_qemu_with_xbzrle_writes_is_its_ram(tmp_path: Path) -> None:
         qemu.wait_heartbeat(3)
         qemu.set_capability("xbzrle")
         qemu.set_parameter("xbzrle-cache-size", 16 * MIB)
-        # Slow enough for rounds to come; what XBZRLE saves lets it converge then.
+        # Slow enough for rounds to come, until there is enough of what this is about.
         qemu.set_parameter("max-bandwidth", 20 * MIB)
         qemu.set_parameter("downtime-limit", 5)
         qemu.migrate(f"exec:cat > {path}")
+
+        def enough() -> bool:
+            said = qemu.query_migrate()
+            pages = said.get("xbzrle-cache", {}).get("pages", 0)
+            return said["status"] == "completed" or pages > 4000
+
+        qemu.wait("pages that XBZRLE made smaller", enough)
+        qemu.set_parameter("downtime-limit", 60_000)
         told = qemu.wait_migration()
         with loaded(path) as stream:
             assert differences(read_blocks(qemu), contents(stream.ram)) == []

@@ -142,7 +142,7 @@ def test_refused_client_has_no_queue_pair_here(room: Path):
     """When it is turned away there is its own queue pair on the device, and no other."""
     counted: list[int] = []
     before = kit.resources()["qp"]
-    with kit.incoming(room / "vm", allow=("192.0.2.1",)) as end:
+    with kit.incoming(room / "vm", allow=("198.51.100.1",)) as end:
 
         def look(event: MigrationEvent) -> None:
             if isinstance(event, Warned):
