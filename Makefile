@@ -96,6 +96,10 @@ format: $(VENV)/.lint ## format the Python sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: man
+man: setup ## write the man page anew, from what the commands say of themselves
+	$(BIN)/python man/generate
+
 .PHONY: build
 build: setup ## sdist and wheel, into dist/
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .

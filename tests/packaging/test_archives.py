@@ -74,6 +74,7 @@ def test_sdist_is_the_tracked_tree(sdist_files, tree):
         "cext/verbs.pxd",
         "demo/run",
         "docs/protocol.md",
+        "man/rdma-migrate.1",
         "meson.build",
         "meson.options",
         "pyproject.toml",
@@ -109,6 +110,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, tree):
     assert set(members(wheel)) == {
         *sources,
         *(f"rdma_mig/{layer}{EXT_SUFFIX}" for layer in layers),
+        f"rdma_mig-{VERSION}.data/data/share/man/man1/rdma-migrate.1",
         *(
             f"{DIST_INFO}/{file}"
             for file in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
@@ -153,7 +155,13 @@ def check_metadata(raw: bytes) -> None:
     requires = metadata.get_all("Requires-Dist")
     # pyverbs is the distribution's: required, pip would build another that does not fit.
     assert [line for line in requires if "extra ==" not in line] == ["xxhash>=3.0"]
-    assert set(metadata.get_all("Provides-Extra")) == {"pypi", "test", "fuzz", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "pypi",
+        "completion",
+        "test",
+        "fuzz",
+        "dev",
+    }
     assert [line for line in requires if line.startswith("pyverbs")] == [
         'pyverbs<60,>=59; extra == "pypi"'
     ]
