@@ -54,6 +54,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_guard.py::test_handle_that_points_nowhere",
     "rdma/test_rdma_hook_writes.py::test_each_border_ends_a_run_once[dynamic]",
     "rdma/test_rdma_hook_writes.py::test_no_write_has_to_complete_before_the_end_of_the_phase[pin-all]",
+    "rdma/test_rdma_operating.py",
     "rdma/test_rdma_hooks.py::test_when_pages_are_merged_and_when_they_are_written",
     "rdma/test_rdma_hooks.py::test_page_by_page_and_in_bulk_the_same_bytes_arrive[pin-all]",
     "rdma/test_rdma_host_cannot.py::test_device_files_that_may_not_be_opened[both]",

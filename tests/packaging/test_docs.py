@@ -304,3 +304,28 @@ def test_faults_name_tests_that_exist():
         assert re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE), f"{file}::{name}"
     for row in table(rows[0]):
         assert any(re.search(r"::|the same", cell) for cell in row[2:]), row
+
+
+def literals() -> list[str]:
+    """Every text in the package's code, f-strings by their parts."""
+    sources = [ast.parse(path.read_text()) for path in (ROOT / "rdma_mig").rglob("*.py")]
+    return [
+        node.value
+        for source in sources
+        for node in ast.walk(source)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    spoken = literals()
+    rows = [
+        row
+        for title in re.findall(r"^## (.*)$", text, re.MULTILINE)
+        for row in table(section(text, title))
+    ]
+    assert len(rows) > 20
+    quoted = [words for row in rows for words in code_words(row[0])]
+    assert len(quoted) >= len(rows)
+    assert [words for words in quoted if not any(words in said for said in spoken)] == []
