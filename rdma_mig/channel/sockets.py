@@ -87,19 +87,25 @@ class SocketListener(Closing):
             raise _cannot_listen(address, error) from None
         return listener
 
-    def accept(self, deadline: Deadline, limits: Callable[[], TransportLimits]) -> SocketLink:
-        """Wait for a source; nobody else is taken afterwards.
+    def accept(
+        self,
+        deadline: Deadline,
+        limits: Callable[[], TransportLimits],
+        awaited: str = "a source",
+    ) -> SocketLink:
+        """Wait for a client; nobody else is taken afterwards.
 
         Args:
             deadline: ends the wait.
             limits: makes those of the migration, which begin now.
+            awaited: who, for messages.
 
         Raises:
             MigrationTimeout, MigrationCancelled: none came.
         """
         while True:
             wait_for(
-                self._socket.fileno(), select.POLLIN, self._cancel, deadline, "a source",
+                self._socket.fileno(), select.POLLIN, self._cancel, deadline, awaited,
                 str(self.address),
             )  # fmt: skip
             try:

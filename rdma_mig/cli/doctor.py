@@ -107,40 +107,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _both(args: argparse.Namespace, look: Any, cancel: Any) -> tuple[Report, Report, Finding]:
+    from rdma_mig.host.meeting import DEFAULT_PORT, host_port
     from rdma_mig.host.path import ask, serve
 
     if args.peer is not None:
         ours = look()
-        host, port = _host_port(args.peer)
+        host, port = host_port(args.peer)
         theirs, path = ask(host, port, ours, cancel, args.rdma_device)
         return ours, theirs, path
-    host, port = _host_port(args.serve) if args.serve else ("0.0.0.0", _default_port())
+    host, port = host_port(args.serve) if args.serve else ("0.0.0.0", DEFAULT_PORT)
 
     def listening(where: str) -> None:
         print(f"serving on {where}", file=sys.stderr, flush=True)
 
     return serve(host, port, look, cancel, listening)
-
-
-def _default_port() -> int:
-    from rdma_mig.host.path import DEFAULT_PORT
-
-    return DEFAULT_PORT
-
-
-def _host_port(text: str) -> tuple[str, int]:
-    """Parse HOST, HOST:PORT or [IPv6]:PORT."""
-    from rdma_mig.errors import UsageError
-
-    host, port = text, str(_default_port())
-    if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest.removeprefix(":") if rest else port
-    elif text.count(":") == 1:
-        host, _, port = text.partition(":")
-    if not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise UsageError(f"{text[:64]!r} is no HOST[:PORT]", remedy="such as 192.0.2.1:18515")
-    return host, int(port)
 
 
 def _as_json(ours: Report, theirs: Report | None, path: Finding | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +169,32 @@ def test_peer_that_is_not_there_is_named_with_the_remedy():
     line = one_line(run("doctor", "--peer", peer, prefix=without_device()), 3)
     assert f"{peer} cannot be reached over TCP: Connection refused" in line
     assert "rdma-migrate doctor --serve" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_wait_for_a_host_that_drops_connections(number):
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):  # the kernel drops what comes behind these
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        process = subprocess.Popen(
+            [*without_device(), COMMAND, "doctor", f"--peer=127.0.0.1:{full.getsockname()[1]}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(4)
+            process.send_signal(number)
+            began = time.monotonic()
+            _output, told = process.communicate(timeout=10)
+            assert time.monotonic() - began < 2
+            assert (process.returncode, told.count("\n")) == (5, 1)
+            assert "cancelled while waiting for the connection" in told
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def test_text_of_a_peer_cannot_reach_the_terminal_raw():
