@@ -84,12 +84,13 @@ lab-run: setup ## run a command in such a machine: make lab-run CMD="ibv_devinfo
 	tests/lab/run -- bash -c "$$CMD"
 
 .PHONY: lint
-lint: $(VENV)/.lint ## ruff, mypy, cython-lint, shellcheck
+lint: $(VENV)/.lint ## ruff, mypy, cython-lint, shellcheck, the man page
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/cython-lint cext
 	$(BIN)/shellcheck docker/setup-rxe
+	$(BIN)/python man/generate --check
 
 .PHONY: format
 format: $(VENV)/.lint ## format the Python sources
@@ -97,7 +98,7 @@ format: $(VENV)/.lint ## format the Python sources
 	$(BIN)/ruff format .
 
 .PHONY: man
-man: setup ## write the man page anew, from what the commands say of themselves
+man: $(VENV)/.lint ## write the man page anew, from what the commands say of themselves
 	$(BIN)/python man/generate
 
 .PHONY: build

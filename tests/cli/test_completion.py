@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The man page and completion: what the shell offers of the command line."""
+"""Completion: what the shell is told of the command line."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import packaging_kit as kit
 import pytest
 
-GENERATE = kit.PROJECT / "man" / "generate"
 COMMAND = Path(sys.executable).with_name("rdma-migrate")
-
-
-def test_the_page_is_what_the_commands_say():
-    done = subprocess.run(
-        [sys.executable, GENERATE, "--check"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def offered(line: str) -> set[str]:
