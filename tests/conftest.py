@@ -34,6 +34,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_cancel.py::test_trace_of_a_whole_migration[dynamic]",
     "rdma/test_rdma_accounting.py::test_what_a_snapshot_has_sent_is_told[dynamic]",
     "rdma/test_rdma_addresses.py::test_whole_migration_over_ipv6",
+    "rdma/test_rdma_bench.py::test_what_is_measured_and_what_follows",
     "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
     "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
     "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",

@@ -100,7 +100,7 @@ class Link(Closing):
         """
         raise LocalProtocolError(f"{self.peer} is written, not read")
 
-    def write(self, data: bytes, doing: str) -> None:
+    def write(self, data: bytes | memoryview, doing: str) -> None:
         """Hand over all of ``data``.
 
         Raises:
@@ -158,7 +158,7 @@ class DescriptorLink(Link):
                     f"{self.peer} broke off ({error.strerror}); awaited was {doing}"
                 ) from (error)
 
-    def write(self, data: bytes, doing: str) -> None:
+    def write(self, data: bytes | memoryview, doing: str) -> None:
         """Hand over all of ``data``."""
         with memoryview(data) as view:
             at = 0

@@ -87,7 +87,7 @@ class ProcessLink(DescriptorLink):
             self.finish()
         return data
 
-    def write(self, data: bytes, doing: str) -> None:
+    def write(self, data: bytes | memoryview, doing: str) -> None:
         """Hand over all of ``data``."""
         try:
             super().write(data, doing)

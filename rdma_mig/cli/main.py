@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rdma_mig.cli import clean, convert, doctor, incoming, inspect, outgoing, recover
+from rdma_mig.cli import bench, clean, convert, doctor, incoming, inspect, outgoing, recover
 from rdma_mig.errors import ExitStatus, MigrationError
 
 __all__ = ["main"]
@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     clean.add_parser(commands)
     recover.add_parser(commands)
     doctor.add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE_SIZE", "Sample", "receive_sample"]
 
 SAMPLE_SIZE = 16 << 20
-"""Bytes that are moved."""
+"""Bytes that are moved where nothing else is said."""
 
 # No machine of QEMU's has such a name, so that nobody takes it for one.
 _MACHINE = "rdma-mig-path-check"
@@ -63,7 +63,7 @@ class Sample:
     Attributes:
         ram: random bytes; its owner closes it after the migration.
         setup_seconds: populating and registering at both ends.
-        transfer_seconds: the writes, up to the acknowledgement.
+        transfer_seconds: the writes, up to the end of their phase.
     """
 
     ram: GuestRam
@@ -71,11 +71,12 @@ class Sample:
     transfer_seconds: float = 0.0
 
     @classmethod
-    def make(cls) -> Sample:
-        """Fill memory with random bytes."""
-        ram = GuestRam([RamBlock("sample", SAMPLE_SIZE)])
+    def make(cls, size: int = SAMPLE_SIZE) -> Sample:
+        """Fill ``size`` bytes, a multiple of 16 MiB, with random ones."""
+        ram = GuestRam([RamBlock("sample", size)])
         with ram[0].memory.view() as view:
-            view[:] = os.urandom(SAMPLE_SIZE)
+            for at in range(0, size, SAMPLE_SIZE):
+                view[at : at + SAMPLE_SIZE] = os.urandom(SAMPLE_SIZE)
         return cls(ram)
 
     def save(self, migration: Migration, file: QEMUFile, transport: RdmaOutgoing) -> None:
@@ -88,7 +89,7 @@ class Sample:
             raise RemoteProtocolError(f"{transport.peer} is no rdma-migrate doctor --serve")
         end_of_phase = encode_eos() + encode_footer(_SECTION)
         file.put(encode_head(_MACHINE))
-        file.put(encode_ram_start(_SECTION, [StreamBlock("sample", SAMPLE_SIZE)]))
+        file.put(encode_ram_start(_SECTION, [StreamBlock("sample", self.ram.total)]))
         ram_control_before_iterate(file, RAM_CONTROL_SETUP)
         ram_control_after_iterate(file, RAM_CONTROL_SETUP)
         self.setup_seconds = transport.setup_seconds
@@ -109,8 +110,14 @@ class Sample:
         transport.finish()
 
 
-def receive_sample(migration: Migration, file: QEMUFile, transport: RdmaIncoming) -> None:
+def receive_sample(
+    migration: Migration, file: QEMUFile, transport: RdmaIncoming, size: int = SAMPLE_SIZE
+) -> None:
     """Be the destination's engine function for a sample: take it, and answer with its digest.
+
+    Args:
+        migration, file, transport: as an engine gets them.
+        size: bytes that were agreed on.
 
     Raises:
         RemoteProtocolError: something else than a sample came.
@@ -126,7 +133,7 @@ def receive_sample(migration: Migration, file: QEMUFile, transport: RdmaIncoming
                     raise RemoteProtocolError(f"{transport.peer} ended the stream early")
                 parser.feed(data)
             elif isinstance(event, RamStart):
-                if event.total != SAMPLE_SIZE or len(event.blocks) != 1:
+                if event.total != size or len(event.blocks) != 1:
                     raise RemoteProtocolError(
                         f"{transport.peer} wants to send a machine, and this end only "
                         "checks the path"
