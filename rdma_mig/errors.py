@@ -22,6 +22,7 @@ __all__ = [
     "ProtocolError",
     "RemoteProtocolError",
     "SnapshotError",
+    "StreamCut",
     "UsageError",
 ]
 
@@ -107,6 +108,23 @@ class RemoteProtocolError(ProtocolError):
     ) -> None:
         super().__init__(message, remedy=remedy, owner=owner)
         self.at = at
+
+
+class StreamCut(RemoteProtocolError, PeerGone):
+    """The stream ended in the middle: its source is gone, or a file is not whole.
+
+    Args:
+        peer: whose stream.
+        at: bytes of it that came.
+        awaited: what was to come next.
+    """
+
+    def __init__(self, peer: str, at: int, awaited: str, *, remedy: str = "") -> None:
+        super().__init__(
+            f"{peer} ended the stream at its byte {at}; awaited was {awaited}",
+            remedy=remedy,
+            at=at,
+        )
 
 
 class MigrationTimeout(MigrationError):

@@ -2,9 +2,9 @@
 """The interface for others: engines that want this transport, managers that want this engine.
 
 A transport is found under the entry-point group ``rdma_mig.transports``, by the scheme of its URIs;
-this package has ``rdma``. A guest is found under ``rdma_mig.guests``; this package has
-``snapshot`` and ``process``. What is imported from here stays as it is while `API_VERSION` does.
-docs/plugin.md has an engine that imports nothing else.
+this package has ``rdma``, ``tcp``, ``unix``, ``fd``, ``exec`` and ``file``. A guest is found under
+``rdma_mig.guests``; this package has ``snapshot`` and ``process``. What is imported from here stays
+as it is while `API_VERSION` does. docs/plugin.md has an engine that imports nothing else.
 """
 
 from __future__ import annotations
@@ -13,11 +13,24 @@ from importlib.metadata import entry_points
 from typing import Any, cast
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import MigrationError, UsageError
+from rdma_mig.channel.transport import DestinationTransport, SourceTransport
+from rdma_mig.errors import MigrationError, RemoteProtocolError, UsageError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import RamBlock
+from rdma_mig.memory.dirty import ExplicitMarks
+from rdma_mig.memory.page_stream import PageReader, PageWriter
 from rdma_mig.memory.ram import GuestBlock, GuestRam
-from rdma_mig.migration.interfaces import API_VERSION, DirtyTracker, Guest, Transport
+from rdma_mig.migration.handover import DestinationRefused, hand_over
+from rdma_mig.migration.interfaces import (
+    API_VERSION,
+    DirtyTracker,
+    Guest,
+    Process,
+    Save,
+    Transport,
+)
+from rdma_mig.migration.live import LiveSource
+from rdma_mig.migration.load import LiveDestination
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_BLOCK_REG,
     RAM_CONTROL_FINISH,
@@ -34,8 +47,27 @@ from rdma_mig.migration.ram_control import (
     ram_control_save_pages,
 )
 from rdma_mig.migration.state import Migration
-from rdma_mig.wire.device_state import DeviceState
-from rdma_mig.wire.stream import RamStart, StreamHead
+from rdma_mig.migration.take_over import read_events, take_over
+from rdma_mig.wire.device_state import DeviceState, decode_sole_device, encode_sole_device
+from rdma_mig.wire.return_path import RETURN_PATH_PING
+from rdma_mig.wire.stream import (
+    CommandType,
+    Hook,
+    RamEnd,
+    RamPart,
+    RamStart,
+    SectionEnd,
+    StreamBlock,
+    StreamHead,
+    StreamParser,
+    encode_command,
+    encode_eos,
+    encode_footer,
+    encode_head,
+    encode_ram_start,
+    encode_section_end,
+    encode_section_part,
+)
 
 __all__ = [
     "API_VERSION",
@@ -47,28 +79,60 @@ __all__ = [
     "RAM_CONTROL_SETUP",
     "RAM_SAVE_CONTROL_DELAYED",
     "RAM_SAVE_CONTROL_NOT_SUPP",
+    "RETURN_PATH_PING",
     "TRANSPORTS",
+    "CommandType",
+    "DestinationRefused",
+    "DestinationTransport",
     "DeviceState",
     "DirtyBitmap",
     "DirtyTracker",
+    "ExplicitMarks",
     "Guest",
     "GuestBlock",
     "GuestRam",
+    "Hook",
+    "LiveDestination",
+    "LiveSource",
     "Migration",
     "MigrationError",
+    "PageReader",
+    "PageWriter",
+    "Process",
     "QEMUFile",
     "RamBlock",
+    "RamEnd",
+    "RamPart",
     "RamStart",
+    "RemoteProtocolError",
+    "Save",
+    "SectionEnd",
+    "SourceTransport",
+    "StreamBlock",
     "StreamHead",
+    "StreamParser",
     "Transport",
+    "UsageError",
     "acct_update_position",
+    "decode_sole_device",
+    "encode_command",
+    "encode_eos",
+    "encode_footer",
+    "encode_head",
+    "encode_ram_start",
+    "encode_section_end",
+    "encode_section_part",
+    "encode_sole_device",
     "find_guest",
     "find_transport",
+    "hand_over",
     "ram_control_after_iterate",
     "ram_control_before_iterate",
     "ram_control_load_hook",
     "ram_control_save_page",
     "ram_control_save_pages",
+    "read_events",
+    "take_over",
 ]
 
 TRANSPORTS = "rdma_mig.transports"

@@ -12,7 +12,6 @@ from rdma_mig.memory.blocks import RamBlock
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.interfaces import API_VERSION, DirtyTracker
 from rdma_mig.snapshot import Snapshot, SnapshotWriter
-from rdma_mig.wire.description import DeviceStateScanner
 from rdma_mig.wire.device_state import DeviceState, decode_sole_device, encode_sole_device
 from rdma_mig.wire.stream import RamStart, StreamHead
 
@@ -67,10 +66,7 @@ class ProcessGuest(Closing):
 
     def save_device_state(self) -> DeviceState:
         """Put ``save_state`` into the form of a stream."""
-        raw = encode_sole_device(_PROCESS_IDSTR, self.save_state(), section_id=_PROCESS_SECTION_ID)
-        scanner = DeviceStateScanner()
-        scanner.feed(raw)
-        return DeviceState(raw, scanner.eof_offset)
+        return encode_sole_device(_PROCESS_IDSTR, self.save_state(), section_id=_PROCESS_SECTION_ID)
 
     def load_device_state(self, state: DeviceState) -> None:
         """Take ``load_state`` out of the form of a stream."""

@@ -15,10 +15,17 @@ from rdma_mig.wire.stream import RamStart, StreamHead
 if TYPE_CHECKING:
     from rdma_mig.migration.state import Migration
 
-__all__ = ["API_VERSION", "DirtyTracker", "Guest", "Transport"]
+__all__ = ["API_VERSION", "DirtyTracker", "Guest", "Process", "Save", "Transport"]
 
 API_VERSION = 1
 """Of these interfaces; it grows when one of them changes so that users must change."""
+
+
+Process = Callable[["Migration", QEMUFile, Any], None]
+"""An engine's function that loads a stream; the third is a `DestinationTransport`."""
+
+Save = Callable[["Migration", QEMUFile, Any], None]
+"""An engine's function that writes a stream; the third is a `SourceTransport`."""
 
 
 class DirtyTracker(Protocol):
@@ -119,7 +126,7 @@ class Transport(Protocol):
         uri: str,
         *,
         migration: Migration,
-        process: Callable[[Migration, QEMUFile, Any], None],
+        process: Process,
         **options: Any,
     ) -> str:
         """Listen; return the URI to connect to. ``process`` runs on the worker, connected."""
@@ -131,7 +138,7 @@ class Transport(Protocol):
         *,
         migration: Migration,
         ram: GuestRam,
-        save: Callable[[Migration, QEMUFile, Any], None],
+        save: Save,
         **options: Any,
     ) -> None:
         """Connect to a destination; ``save`` runs on the worker, connected.

@@ -47,7 +47,9 @@ class DeviceState:
             raise LocalProtocolError(f"device state has no EOF byte before its offset {end}")
 
 
-def encode_sole_device(idstr: str, payload: bytes, *, section_id: int, version: int = 1) -> bytes:
+def encode_sole_device(
+    idstr: str, payload: bytes, *, section_id: int, version: int = 1
+) -> DeviceState:
     """Return the section of one device that holds opaque bytes, EOF, and a description of it.
 
     Args:
@@ -76,7 +78,7 @@ def encode_sole_device(idstr: str, payload: bytes, *, section_id: int, version: 
             ],
         }
     ).encode()
-    return b"".join(
+    sections = b"".join(
         (
             U8.pack(QEMU_VM_SECTION_FULL) + U32.pack(section_id),
             U8.pack(len(name)) + name,
@@ -84,9 +86,10 @@ def encode_sole_device(idstr: str, payload: bytes, *, section_id: int, version: 
             U32.pack(len(payload)) + payload,
             encode_footer(section_id),
             U8.pack(QEMU_VM_EOF),
-            U8.pack(QEMU_VM_VMDESCRIPTION) + U32.pack(len(description)) + description,
         )
     )
+    header = U8.pack(QEMU_VM_VMDESCRIPTION) + U32.pack(len(description))
+    return DeviceState(sections + header + description, len(sections))
 
 
 def decode_sole_device(state: DeviceState, idstr: str, *, version: int = 1) -> bytes:

@@ -10,7 +10,8 @@ Wire: docs/protocol.md, stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar
 
 from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
@@ -196,6 +197,7 @@ class StreamParser:
         self._guest_addresses = False
         self._error: RemoteProtocolError | None = None
         self._device_state = False
+        self._footers = True
         self._awaiting = "the stream header"
         self._steps = self._run()
 
@@ -203,6 +205,11 @@ class StreamParser:
     def in_device_state(self) -> bool:
         """Whether the RAM section is over and all further bytes are device state."""
         return self._device_state
+
+    @property
+    def footers(self) -> bool:
+        """Whether sections end with footers, as the last one did."""
+        return self._footers
 
     @property
     def awaiting(self) -> str:
@@ -239,10 +246,26 @@ class StreamParser:
         except StopIteration:
             return None
         except RemoteProtocolError as error:
-            error.at = self._dropped + (self._field_at if error.at is None else error.at)
-            error.message += f" (byte {error.at} of the stream)"
+            self._locate(error, self._field_at if error.at is None else error.at)
             self._error = error
             raise
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Say in a RemoteProtocolError raised within, where in the stream that is.
+
+        For who finds something wrong with the event that came last: it was found up to there.
+        """
+        try:
+            yield
+        except RemoteProtocolError as error:
+            if error.at is None:
+                self._locate(error, self._field_at)
+            raise
+
+    def _locate(self, error: RemoteProtocolError, at: int) -> None:
+        error.at = self._dropped + at
+        error.message += f" (byte {error.at} of the stream)"
 
     def remainder(self) -> bytes:
         """Return, and forget, all bytes of device state that were fed so far.
@@ -504,6 +527,7 @@ class StreamParser:
                 raise RemoteProtocolError(
                     f"footer names section {section_id}, RAM is section {self._section_id}"
                 )
+        self._footers = has_footer
         if kind == "end":
             self._awaiting = "the device state"
             self._device_state = True

@@ -22,6 +22,19 @@ def test_transport_is_found_by_its_scheme():
         )
 
 
+@pytest.mark.parametrize("scheme", ["tcp", "unix", "fd", "exec", "file"])
+def test_plain_transports_take_their_own_scheme_and_options_only(scheme):
+    transport = plugin.find_transport(scheme)
+    assert (transport.scheme, transport.api_version) == (scheme, plugin.API_VERSION)
+    with plugin.Migration() as migration, plugin.GuestRam([]) as ram:
+        nothing = {"migration": migration, "save": lambda *_: None, "ram": ram}
+        with pytest.raises(UsageError, match=f"no URI of the transport '{scheme}'"):
+            transport.start_outgoing("rdma:127.0.0.1:4444", **nothing)
+        uri = "tcp:127.0.0.1:1" if scheme == "tcp" else f"{scheme}:1"
+        with pytest.raises(UsageError, match=f"an option that {scheme} does not have.*pin_all"):
+            transport.start_outgoing(uri, **nothing, pin_all=True)
+
+
 def test_guests_are_found_and_are_guests(tmp_path):
     assert plugin.find_guest("snapshot") is SnapshotGuest
     assert plugin.find_guest("process") is ProcessGuest
@@ -32,6 +45,7 @@ def test_guests_are_found_and_are_guests(tmp_path):
 def test_unknown_or_other_version_is_refused(monkeypatch):
     with pytest.raises(UsageError, match=r"no 'tcp2' is installed in rdma_mig\.transports"):
         plugin.find_transport("tcp2")
-    monkeypatch.setattr("rdma_mig.migration.transports.RdmaTransport.api_version", 0)
-    with pytest.raises(UsageError, match="written for version 0"):
-        plugin.find_transport("rdma")
+    for name in ("Rdma", "Tcp"):
+        monkeypatch.setattr(f"rdma_mig.migration.transports.{name}Transport.api_version", 0)
+        with pytest.raises(UsageError, match="written for version 0"):
+            plugin.find_transport(name.lower())
