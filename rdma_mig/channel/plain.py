@@ -61,6 +61,7 @@ class PlainIncoming(_Plain):
     def __init__(self, link: Link) -> None:
         super().__init__(link)
         self._ended = False
+        self._count = 0
         self._return_path = False
 
     @property
@@ -108,6 +109,7 @@ class PlainIncoming(_Plain):
         """Wait for the next bytes of the stream; empty when it has ended."""
         data = self._link.read(_STREAM)
         self._ended = not data
+        self._count += len(data)
         return data
 
     def write(self, data: bytes) -> None:
@@ -161,7 +163,9 @@ class PlainIncoming(_Plain):
             return False
         if data:
             raise RemoteProtocolError(
-                f"{self.peer} sent {len(data)} bytes or more behind the end of the stream"
+                f"{self.peer} sent {len(data)} bytes or more behind the end of the stream, which "
+                f"is its byte {self._count}",
+                at=self._count,
             )
         self._ended = True
         return True

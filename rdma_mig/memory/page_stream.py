@@ -74,12 +74,18 @@ class PageReader:
     def __init__(self, ram: GuestRam) -> None:
         self._blocks = {_name(guest): guest for guest in ram}
         self._name: bytes | None = None
+        self._came: set[bytes] = set()
         self._counts = array("Q", bytes(8 * _stream.COUNTERS))
 
     @property
     def counters(self) -> PageCounters:
         """What was loaded so far."""
         return PageCounters(*self._counts)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the blocks of which no page has come."""
+        return [g.block.idstr for name, g in self._blocks.items() if name not in self._came]
 
     def load(self, data: bytes | bytearray | memoryview, at: int = 0) -> int:
         """Take the page records at ``data[at:]`` into RAM.
@@ -109,6 +115,7 @@ class PageReader:
                     f"a page of RAM block {_readable(name)} came, which was not listed", at=at
                 )
             self._name = name
+            self._came.add(name)
 
     def _load_block(self, data: bytes | bytearray | memoryview, at: int) -> tuple[int, int]:
         if self._name is None:

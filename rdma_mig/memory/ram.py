@@ -8,10 +8,41 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rdma_mig.closing import Closing
+from rdma_mig.errors import HostError
 from rdma_mig.memory.blocks import CHUNK_SIZE, RamBlock
 from rdma_mig.memory.guest import GuestMemory
 
-__all__ = ["GuestBlock", "GuestRam"]
+__all__ = ["GuestBlock", "GuestRam", "available_memory", "require_memory"]
+
+# What this process needs beside the guest's RAM.
+_OVERHEAD = 96 << 20
+
+
+def available_memory() -> int:
+    """Return the bytes that this host can still give to processes (MemAvailable)."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise HostError("/proc/meminfo does not say how much memory is available")
+
+
+def require_memory(total: int) -> None:
+    """Refuse a guest that does not fit into this host, before any of its RAM is taken.
+
+    Args:
+        total: bytes of RAM that its source announces.
+
+    Raises:
+        HostError: they and what this process needs are more than is available.
+    """
+    available = available_memory()
+    if total + _OVERHEAD > available:
+        raise HostError(
+            f"the source announces {total >> 20} MiB of RAM and this host has "
+            f"{available >> 20} MiB available",
+            remedy="free memory here, or migrate to a host with more",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rdma_mig.closing import Closing
 from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
 from rdma_mig.memory.blocks import RamBlock
-from rdma_mig.memory.ram import GuestRam
+from rdma_mig.memory.ram import GuestRam, require_memory
 from rdma_mig.migration.interfaces import API_VERSION, DirtyTracker
 from rdma_mig.snapshot import Snapshot, SnapshotWriter
 from rdma_mig.wire.device_state import DeviceState, decode_sole_device, encode_sole_device
@@ -165,6 +165,7 @@ class SnapshotGuest(Closing):
                 "the stream does not say which machine it belongs to",
                 remedy="start the source without migration.send-configuration=off",
             )
+        require_memory(start.total)
         self.machine = head.machine
         self._section_id = start.section_id
         self._writer.write_config(head.raw)

@@ -16,8 +16,17 @@ from rdma_mig.migration.ram_control import (
 )
 from rdma_mig.migration.state import Migration
 from rdma_mig.migration.status import MigrationState, MigrationStatus
-from rdma_mig.migration.take_over import read_events, take_over
-from rdma_mig.wire.stream import Event, Hook, RamEnd, RamPart, RamStart, StreamHead, StreamParser
+from rdma_mig.migration.take_over import read_events, require_pages, take_over
+from rdma_mig.wire.stream import (
+    Event,
+    Hook,
+    RamEnd,
+    RamPart,
+    RamStart,
+    SectionEnd,
+    StreamHead,
+    StreamParser,
+)
 
 __all__ = ["LiveDestination"]
 
@@ -52,7 +61,8 @@ class LiveDestination:
         migration.state.step = "receiving the guest's description"
         migration.state.owner = _AT_SOURCE
         for event in read_events(file, self._parser, transport):
-            self._handle(event, migration, file, transport)
+            with self._parser.locating():
+                self._handle(event, migration, file, transport)
         take_over(migration, file, transport, self._parser, self.guest.load_device_state)
         self.guest.resume()
 
@@ -68,6 +78,9 @@ class LiveDestination:
         match event:
             case StreamHead():
                 self._head = event
+            case SectionEnd(kind="end") if file.hooks is None:
+                assert self._ram is not None
+                require_pages(migration.state.page_reader, self._ram, transport.peer)
             case RamStart():
                 self._start_ram(event, migration, file, transport)
             case Hook():
@@ -83,8 +96,7 @@ class LiveDestination:
         self, start: RamStart, migration: Migration, file: QEMUFile, transport: DestinationTransport
     ) -> None:
         assert self._head is not None
-        with self._parser.locating():
-            self._ram = self.guest.prepare(self._head, start)
+        self._ram = self.guest.prepare(self._head, start)
         migration.state.ram_total = self._ram.total
         for guest in self._ram:
             ram_control_load_hook(file, RAM_CONTROL_BLOCK_REG, guest.block.idstr)

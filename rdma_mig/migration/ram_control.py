@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError
+from rdma_mig.errors import LocalProtocolError, MigrationError, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 
@@ -100,7 +100,7 @@ def ram_control_load_hook(f: QEMUFile, flags: int, data: object = None) -> None:
         data: the name, for BLOCK_REG.
 
     Raises:
-        LocalProtocolError: HOOK on a file without hooks: the source sends RAM by a transport that
+        RemoteProtocolError: HOOK on a file without hooks: the source sends RAM by a transport that
             this is not. BLOCK_REG is ignored there.
     """
     f.check()
@@ -108,7 +108,7 @@ def ram_control_load_hook(f: QEMUFile, flags: int, data: object = None) -> None:
         if flags == RAM_CONTROL_HOOK:
             raise _failed(
                 f,
-                LocalProtocolError(
+                RemoteProtocolError(
                     "the stream asks for RDMA, and this migration does not run over RDMA"
                 ),
             )

@@ -15,10 +15,11 @@ from rdma_mig.errors import (
     MigrationTimeout,
     PeerGone,
     RemoteProtocolError,
+    StreamCut,
 )
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE, RamBlock
 from rdma_mig.memory.page_stream import PageReader
-from rdma_mig.memory.ram import GuestRam
+from rdma_mig.memory.ram import GuestRam, require_memory
 from rdma_mig.migration.events import Completed, Progress, Warned
 from rdma_mig.migration.keep import SnapshotKeeper, StreamFacts
 from rdma_mig.migration.ram_control import (
@@ -28,6 +29,7 @@ from rdma_mig.migration.ram_control import (
 )
 from rdma_mig.migration.shared_blocks import SharedBlocks, choose_shared
 from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.migration.take_over import no_description, require_pages
 from rdma_mig.snapshot import SnapshotWriter
 from rdma_mig.wire.control import FinalAck
 from rdma_mig.wire.description import DeviceStateScanner
@@ -44,7 +46,7 @@ from rdma_mig.wire.stream import (
     StreamParser,
 )
 
-__all__ = ["SnapshotDestination", "available_memory"]
+__all__ = ["SnapshotDestination"]
 
 _NOT_KNOWN = (
     "whether the source let go of its virtual machine is not known: if it is in postmigrate "
@@ -58,17 +60,6 @@ _DISCONNECT_SECONDS = 10.0
 # A source with a return path, whose stream seems to be over, may stay silent for so long: it sends
 # all device state at one go, its guest being stopped.
 _DESCRIPTION_SECONDS = 30.0
-# What this process needs beside the guest's RAM.
-_OVERHEAD = 96 << 20
-
-
-def available_memory() -> int:
-    """Return the bytes that this host can still give to processes (MemAvailable)."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise HostError("/proc/meminfo does not say how much memory is available")
 
 
 class SnapshotDestination:
@@ -157,7 +148,8 @@ class SnapshotDestination:
         while not self._parser.in_device_state:
             event = self._parser.next_event()
             if event is not None:
-                self._handle(event, migration, file, transport)
+                with self._parser.locating():
+                    self._handle(event, migration, file, transport)
                 continue
             try:
                 data = file.get()
@@ -166,9 +158,7 @@ class SnapshotDestination:
                     error.remedy = _BEFORE_RAM
                 raise
             if not data:
-                raise PeerGone(
-                    f"{transport.peer} ended the stream; awaited was {self._parser.awaiting}"
-                )
+                raise StreamCut(transport.peer, file.position, self._parser.awaiting)
             self._parser.feed(data)
 
     def _handle(
@@ -237,19 +227,13 @@ class SnapshotDestination:
             migration.emit(Warned(self._shared.warning))
         kept = [block for block in start.blocks if block.idstr not in self._shared.names]
         total = sum(block.length for block in kept)
-        available = available_memory()
         if self._max_ram is not None and total > self._max_ram:
             raise HostError(
                 f"the source announces {total >> 20} MiB of RAM and --max-ram allows "
                 f"{self._max_ram >> 20} MiB",
                 remedy="allow more, if this is the machine that was awaited",
             )
-        if total + _OVERHEAD > available:
-            raise HostError(
-                f"the source announces {total >> 20} MiB of RAM and this host has "
-                f"{available >> 20} MiB available",
-                remedy="free memory here, or migrate to a host with more",
-            )
+        require_memory(total)
         self._start = start
         self._ram = GuestRam(
             [
@@ -278,12 +262,13 @@ class SnapshotDestination:
         came = 0
         if self._pages is not None:
             came = self._pages.counters.normal + self._pages.counters.duplicate
-        if came == 0 or (self._shared.asked and came * TARGET_PAGE_SIZE < self._ram.total):
+        if self._shared.asked and came * TARGET_PAGE_SIZE < self._ram.total:
             raise RemoteProtocolError(
                 f"{transport.peer} sent {came} of {self._ram.total // TARGET_PAGE_SIZE} pages of "
                 "RAM",
-                remedy=self._shared.remedy if self._shared.asked else "",
+                remedy=self._shared.remedy,
             )
+        require_pages(self._pages, self._ram, transport.peer)
 
     def _commit_point(self, migration: Migration, transport: DestinationTransport) -> None:
         """Be sure of RAM before the source may go on to what makes it let go of the machine.
@@ -337,14 +322,8 @@ class SnapshotDestination:
                 if self._scanner.closes_without_description:
                     if transport.end_is_sure:
                         return
-                    raise RemoteProtocolError(
-                        f"{transport.peer} ended the stream without the description behind the "
-                        "device state, and so perhaps too early",
-                        remedy="switch suppress-vmdesc of the source's machine off",
-                    )
-                raise RemoteProtocolError(
-                    f"{transport.peer} ended the stream within the device state"
-                )
+                    raise no_description(transport.peer, file.position)
+                raise StreamCut(transport.peer, file.position, "the rest of the device state")
 
     def _next_until_shut(self, file: QEMUFile, transport: DestinationTransport) -> bytes:
         """Wait for more device state from a QEMU that does not end the connection by itself.

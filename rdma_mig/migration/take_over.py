@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.transport import DestinationTransport
 from rdma_mig.errors import MigrationError, RemoteProtocolError, StreamCut
+from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
+from rdma_mig.memory.page_stream import PageReader
+from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.events import Progress
 from rdma_mig.migration.state import Migration
 from rdma_mig.wire.control import FinalAck
@@ -15,7 +18,7 @@ from rdma_mig.wire.description import DeviceStateScanner
 from rdma_mig.wire.device_state import DeviceState
 from rdma_mig.wire.stream import Command, CommandType, Event, StreamParser
 
-__all__ = ["DEVICE_STATE_MAX", "read_events", "take_over"]
+__all__ = ["DEVICE_STATE_MAX", "no_description", "read_events", "require_pages", "take_over"]
 
 DEVICE_STATE_MAX = 1 << 30
 """Bytes of device state that are taken at most; they are kept in memory until all have come."""
@@ -62,6 +65,44 @@ def read_events(
                 pass
             case _:
                 yield event
+
+
+def require_pages(pages: PageReader | None, ram: GuestRam, peer: str) -> None:
+    """Refuse RAM of which a block never came in the stream.
+
+    A source says of each page what is in it, unless it knows that its guest does not use it: there
+    is no block of which it says nothing.
+
+    Args:
+        pages: has loaded what came; None if nothing did.
+        ram: what was to come.
+        peer: the source, for the message.
+
+    Raises:
+        RemoteProtocolError: with the first such block.
+    """
+    came = 0 if pages is None else pages.counters.normal + pages.counters.duplicate
+    missing = [guest.block.idstr for guest in ram] if pages is None else pages.missing
+    if missing:
+        raise RemoteProtocolError(
+            f"{peer} sent {came} of {ram.total // TARGET_PAGE_SIZE} pages of RAM, and none of "
+            f"block {missing[0]!r}"
+        )
+
+
+def no_description(peer: str, at: int) -> StreamCut:
+    """Return the error for a stream that ends where its description was to come.
+
+    Args:
+        peer: whose stream.
+        at: bytes of it that came.
+    """
+    return StreamCut(
+        peer,
+        at,
+        "the description behind the device state",
+        remedy="if it has all come, switch suppress-vmdesc of the source's machine off",
+    )
 
 
 def take_over(
@@ -127,7 +168,9 @@ def _read_device_state(
         migration.emit(Progress("device-state", scanner.total, 0))
         data = file.get()
         if not data:
-            if scanner.closes_without_description and transport.end_is_sure:
-                break
+            if scanner.closes_without_description:
+                if transport.end_is_sure:
+                    break
+                raise no_description(transport.peer, file.position)
             raise StreamCut(transport.peer, file.position, "the rest of the device state")
     return DeviceState(bytes(kept), scanner.eof_offset, parser.footers)

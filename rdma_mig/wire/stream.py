@@ -464,7 +464,7 @@ class StreamParser:
         total = word - RAM_SAVE_FLAG_MEM_SIZE
         if word % PAGE_SIZE != RAM_SAVE_FLAG_MEM_SIZE or not 0 < total <= RAM_TOTAL_MAX:
             raise RemoteProtocolError(
-                f"RAM section begins with {word:#x}, allowed are MEM_SIZE (4) and 4096 to 2^62 "
+                f"RAM section begins with {word:#x}, allowed are MEM_SIZE (4) and 4096 to 2^56 "
                 "bytes in all"
             )
         blocks: list[StreamBlock] = []

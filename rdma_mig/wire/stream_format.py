@@ -50,8 +50,8 @@ RAM_INSTANCE_ID = 0
 RAM_VERSION = 4
 #: Bytes of the smallest target page of x86: what lengths of RAM blocks are multiples of.
 PAGE_SIZE = 4096
-#: Bytes of all RAM at most.
-RAM_TOTAL_MAX = 1 << 62
+#: Bytes of all RAM at most: no processor has physical addresses of more bits.
+RAM_TOTAL_MAX = 1 << 56
 #: Bytes of the machine name, and of one configuration subsection.
 CONFIGURATION_MAX = 4096
 #: Bytes of a name that a length byte precedes.
@@ -288,7 +288,7 @@ def encode_ram_start(section_id: int, blocks: Sequence[StreamBlock]) -> bytes:
             )
         total += length
         if total > RAM_TOTAL_MAX:
-            raise LocalProtocolError(f"RAM has {total} bytes in all, allowed are 2^62")
+            raise LocalProtocolError(f"RAM has {total} bytes in all, allowed are 2^56")
         listed += [name, U64.pack(length)]
         if block.guest_address is not None:
             check_uint(f"guest address of {block.idstr!r}", block.guest_address, 64)

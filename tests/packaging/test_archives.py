@@ -183,7 +183,10 @@ def test_metadata(built, sdist_files):
             "process": "rdma_mig.migration.guests:ProcessGuest",
             "snapshot": "rdma_mig.migration.guests:SnapshotGuest",
         },
-        "rdma_mig.transports": {"rdma": "rdma_mig.migration.transports:RdmaTransport"},
+        "rdma_mig.transports": {
+            name.lower(): f"rdma_mig.migration.transports:{name}Transport"
+            for name in ("Rdma", "Tcp", "Unix", "Fd", "Exec", "File")
+        },
     }
 
 

@@ -27,7 +27,7 @@ from hooks_kit import (
 )
 
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone
+from rdma_mig.errors import LocalProtocolError, MigrationError, PeerGone, RemoteProtocolError
 from rdma_mig.memory import DirtyBitmap
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration import ram_control
@@ -383,7 +383,7 @@ def test_hooks_on_a_file_that_has_none():
     ram_control_load_hook(file, RAM_CONTROL_BLOCK_REG, "pc.ram")
     file.flush()
     assert channel.data == b""
-    with pytest.raises(LocalProtocolError, match="does not run over RDMA"):
+    with pytest.raises(RemoteProtocolError, match="does not run over RDMA"):
         ram_control_load_hook(file, RAM_CONTROL_HOOK)
     assert file.error is not None
 

@@ -408,8 +408,11 @@ def test_the_longest_names():
 
 
 def test_the_most_ram():
-    events, _state = parse(HEAD + encode_ram_start(1, [StreamBlock("a", 2**62)]))
-    assert events[1].total == 2**62
+    """No processor has physical addresses of more than 56 bits."""
+    events, _state = parse(HEAD + encode_ram_start(1, [StreamBlock("a", 2**56)]))
+    assert events[1].total == 2**56
+    with pytest.raises(RemoteProtocolError, match=r"and 4096 to 2\^56 bytes in all"):
+        parse(ram(2**56 + 4096, block("a", 2**56 + 4096)))
 
 
 def test_the_most_blocks():
