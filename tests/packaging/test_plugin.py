@@ -128,8 +128,22 @@ def test_running_machine_moves_by_another_engine(installed, tmp_path, scheme, op
     assert source["digests"] == destination["digests"]
     assert source["counter"] == destination["counter"] > 0
     assert (source["runs"], destination["runs"]) == (False, True)
+    assert source["error"] is destination["error"] is None
     # Who has the pages: the hooks of the transport, or the stream.
     assert (source["pages"] > 0) == (scheme == "rdma")
+
+
+@pytest.mark.parametrize(("scheme", "options"), TRANSPORTS)
+def test_machine_that_is_refused_runs_on(installed, tmp_path, scheme, options):
+    """The destination has all of its RAM by then, and the source has stopped it."""
+    given = json.dumps(options)
+    with started(installed, "-m", "toy_engine", "refusing", address(scheme, tmp_path)) as refusing:
+        uri = refusing.told()["uri"]
+        with started(installed, "-m", "toy_engine", "outgoing", uri, given) as outgoing:
+            source, destination = outgoing.succeed(), refusing.succeed()
+    assert (source["runs"], destination["runs"]) == (True, False)
+    assert "no such counter" in destination["error"]
+    assert "the guest goes on running here" in source["error"]
 
 
 @pytest.mark.parametrize(

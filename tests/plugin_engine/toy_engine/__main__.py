@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One end of a migration of the toy machine by the toy engine.
 
-    python -m toy_engine incoming|outgoing URI [OPTIONS AS JSON]
+    python -m toy_engine incoming|refusing|outgoing URI [OPTIONS AS JSON]
 
 Says in a line of JSON each where it listens, and what its machine is afterwards.
 """
@@ -18,22 +18,24 @@ from toy_engine.machine import ToyMachine
 def main():
     role, uri, *options = sys.argv[1:]
     options = json.loads(options[0]) if options else {}
-    with ToyMachine(paint=role == "outgoing") as machine, Migration() as migration:
+    what = {"paint": role == "outgoing", "refuses": role == "refusing"}
+    error = None
+    with ToyMachine(**what) as machine, Migration() as migration:
         try:
-            if role == "incoming":
-                tell(uri=receive(machine, uri, migration, **options))
-            else:
+            if role == "outgoing":
                 machine.resume()
                 send(machine, uri, migration, **options)
+            else:
+                tell(uri=receive(machine, uri, migration, **options))
             assert migration.wait(120), "it does not end"
-        except MigrationError as error:
-            tell(error=str(error))
-            sys.exit(1)
+        except MigrationError as failure:
+            error = str(failure)
         now = {"counter": machine.counter, "digests": machine.digests()}
         time.sleep(0.2)
         tell(
             **(machine.arrived or now),
             runs=machine.counter > now["counter"],
+            error=error,
             pages=migration.state.counters.normal_pages,
         )
 

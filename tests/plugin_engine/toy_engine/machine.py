@@ -16,15 +16,17 @@ class ToyMachine:
 
     Args:
         paint: fill it as a machine that has run for a while.
+        refuses: take no device state, as a machine that lacks a device.
     """
 
     api_version = 1
     machine = "toy-1.0"
 
-    def __init__(self, paint=False):
+    def __init__(self, paint=False, refuses=False):
         self.ram = rm.GuestRam([rm.RamBlock("toy.ram", 8 * MIB), rm.RamBlock("toy.rom", 3 * PAGE)])
         self.tracker = rm.ExplicitMarks(self.ram)
         self.counter = 0
+        self.refuses = refuses
         self.arrived = None
         self._running, self._quit = threading.Event(), threading.Event()
         self._gate = threading.Lock()
@@ -73,6 +75,8 @@ class ToyMachine:
         return self.ram
 
     def load_device_state(self, state):
+        if self.refuses:
+            raise rm.RemoteProtocolError("this machine has no such counter")
         self.counter = int.from_bytes(rm.decode_sole_device(state, STATE), "big")
         self.arrived = {"counter": self.counter, "digests": self.digests()}
 
