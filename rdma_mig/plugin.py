@@ -48,6 +48,7 @@ from rdma_mig.migration.ram_control import (
 )
 from rdma_mig.migration.state import Migration
 from rdma_mig.migration.take_over import read_events, take_over
+from rdma_mig.migration.tracking import Tracking
 from rdma_mig.wire.device_state import DeviceState, decode_sole_device, encode_sole_device
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.stream import (
@@ -111,6 +112,7 @@ __all__ = [
     "StreamBlock",
     "StreamHead",
     "StreamParser",
+    "Tracking",
     "Transport",
     "UsageError",
     "acct_update_position",

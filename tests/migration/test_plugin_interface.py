@@ -49,3 +49,50 @@ def test_unknown_or_other_version_is_refused(monkeypatch):
         monkeypatch.setattr(f"rdma_mig.migration.transports.{name}Transport.api_version", 0)
         with pytest.raises(UsageError, match="written for version 0"):
             plugin.find_transport(name.lower())
+
+
+class Asked:
+    """A guest, and its tracker, that note what is asked of them in which order."""
+
+    def __init__(self, *, atomic):
+        self.atomic = atomic
+        self.calls = []
+        self.tracker = self
+
+    def start(self):
+        self.calls.append("start")
+
+    def harvest(self, index, into):
+        self.calls.append(f"harvest {index}")
+        into.set(index)
+        return 1
+
+    def stop(self):
+        self.calls.append("stop")
+
+    def resume(self):
+        self.calls.append("resume")
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_guest_rests_while_a_tracker_is_asked_that_would_lose_writes(atomic):
+    guest = Asked(atomic=atomic)
+    bitmaps = [plugin.DirtyBitmap(4), plugin.DirtyBitmap(4)]
+    with plugin.Tracking(guest) as tracking:
+        assert tracking.harvest(bitmaps) == 2
+        tracking.harvest(bitmaps, at_rest=True)
+    both = ["harvest 0", "harvest 1"]
+    if atomic:
+        assert guest.calls == ["start", *both, *both, "stop"]
+    else:
+        once = ["stop", "start", "resume", "stop", *both, "resume"]
+        assert guest.calls == [*once, *both, "stop"]
+    assert [bitmap[index] for index, bitmap in enumerate(bitmaps)] == [True, True]
+
+
+def test_guest_without_tracker_has_written_nothing():
+    with ProcessGuest("toy", [plugin.RamBlock("toy.ram", 4096)]) as guest:
+        bitmaps = [plugin.DirtyBitmap(1)]
+        with plugin.Tracking(guest) as tracking:
+            assert tracking.harvest(bitmaps) == 0
+        assert bitmaps[0].count() == 0

@@ -34,26 +34,25 @@ def find(uri):
 
 class Source:
     def __init__(self, guest):
-        self.guest, self.tracker = guest, guest.tracker
+        self.guest = guest
         self.writer = rm.PageWriter(guest.ram)
         self.dirty = [rm.DirtyBitmap.of_length(length) for length in guest.ram.lengths]
         self.stopped, self.let_go = Event(), Event()
 
     def save(self, migration, file, transport):
-        if self.tracker:
-            self.tracker.start()
         try:
-            self.describe(file, transport)
-            for pages in self.dirty:
-                pages.fill()
-            for _ in range(MOST_ROUNDS):
-                self.phase(file, rm.encode_section_part(SECTION), rm.RAM_CONTROL_ROUND)
-                if self.harvest() < FEW_PAGES:
-                    break
-            self.stopped.set()
-            self.guest.stop()
-            self.harvest()
-            self.phase(file, rm.encode_section_end(SECTION), rm.RAM_CONTROL_FINISH)
+            with rm.Tracking(self.guest) as tracking:
+                self.describe(file, transport)
+                for pages in self.dirty:
+                    pages.fill()
+                for _ in range(MOST_ROUNDS):
+                    self.phase(file, rm.encode_section_part(SECTION), rm.RAM_CONTROL_ROUND)
+                    if tracking.harvest(self.dirty) < FEW_PAGES:
+                        break
+                self.stopped.set()
+                self.guest.stop()
+                tracking.harvest(self.dirty, at_rest=True)
+                self.phase(file, rm.encode_section_end(SECTION), rm.RAM_CONTROL_FINISH)
             state, here = self.guest.save_device_state(), "the guest goes on running here"
             rm.hand_over(migration, file, transport, state, owner=here, before_eof=self.let_go.set)
             transport.finish()
@@ -62,9 +61,6 @@ class Source:
             if self.stopped.is_set() and nobody_has_it:
                 self.guest.resume()
             raise
-        finally:
-            if self.tracker:
-                self.tracker.stop()
 
     def describe(self, file, transport):
         blocks = [rm.StreamBlock(b.block.idstr, b.block.length) for b in self.guest.ram]
@@ -88,11 +84,6 @@ class Source:
             pages.fill(False)
         rm.ram_control_after_iterate(file, flags)
         file.put(END_OF_PHASE)
-
-    def harvest(self):
-        """Mark what the guest has written meanwhile; return how many pages that were."""
-        harvest = self.tracker.harvest if self.tracker else lambda index, into: 0
-        return sum(harvest(index, into) for index, into in enumerate(self.dirty))
 
 
 class Destination:
