@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from rdma_mig import _pages
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
+from rdma_mig.memory.dirty import DirtyTracker
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.migration.interfaces import DirtyTracker
 
 __all__ = ["Backlog"]
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.transport import SourceTransport
 from rdma_mig.errors import MigrationError, MigrationTimeout
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
+from rdma_mig.memory.dirty import DirtyTracker
 from rdma_mig.memory.page_stream import PageWriter, Stage, XbzrleCache
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.backlog import Backlog
@@ -91,7 +94,8 @@ class LiveSource:
         tracker = self.guest.tracker
         try:
             if tracker is not None:
-                tracker.start()
+                with run.writers_suit(tracker):
+                    tracker.start()
             try:
                 run.setup()
                 run.rounds()
@@ -249,19 +253,25 @@ class _Run:
             remedy="allow more downtime or bandwidth, or switch auto-converge on",
         )
 
+    @contextlib.contextmanager
+    def writers_suit(self, tracker: DirtyTracker) -> Iterator[None]:
+        """Let the guest rest within this block, if the tracker needs that and it does not yet."""
+        if tracker.atomic or self._at_rest:
+            yield
+            return
+        self._guest.stop()
+        try:
+            yield
+        finally:
+            self._guest.resume()
+
     def _synchronise(self) -> None:
         """Fetch what the guest has dirtied."""
         tracker = self._guest.tracker
         found = 0
         if tracker is not None:
-            rests = tracker.atomic or self._at_rest
-            if not rests:
-                self._guest.stop()
-            try:
+            with self.writers_suit(tracker):
                 found = self._backlog.add_dirty(tracker)
-            finally:
-                if not rests:
-                    self._guest.resume()
         self._state.dirty_sync_count += 1
         self._state.dirty_pages = self._backlog.pages
         if self._state.xbzrle_cache is not None:
