@@ -90,7 +90,7 @@ class LiveSource:
             MigrationError: it failed; its ``owner`` says where the guest is.
         """
         migration.state.owner = _HERE
-        run = _Run(self.guest, migration, file, transport, Deadline.after(self._total_seconds))
+        run = _Run(self.guest, migration, file, transport, self._deadline(migration))
         tracker = self.guest.tracker
         try:
             if tracker is not None:
@@ -129,6 +129,13 @@ class LiveSource:
             migration.state.xbzrle_cache = None
             if tracker is not None:
                 tracker.stop()
+
+    def _deadline(self, migration: Migration) -> Deadline:
+        """From when the migration began, so that a transport's own limit is no sooner."""
+        if not self._total_seconds:
+            return Deadline.after(None)
+        began = migration.state.total_time * 1_000_000
+        return Deadline(began + int(self._total_seconds * 1e9), self._total_seconds)
 
     def _point_of_no_return(self) -> None:
         self._may_be_there = True
@@ -211,7 +218,12 @@ class _Run:
             if not self._pending or self._pending < self._window.threshold:
                 return
             if self._window.left != 0:
-                self._round()
+                try:
+                    self._round()
+                except MigrationTimeout as error:
+                    if self._deadline.passed:
+                        raise self._did_not_converge() from error
+                    raise
             if self._window.left == 0:
                 self._migration.cancellation.wait(self._window.seconds_left)
             self._window.turn()
@@ -241,10 +253,12 @@ class _Run:
 
     def _check(self) -> None:
         self._migration.cancellation.check(f"sending RAM, round {self._state.rounds + 1}")
-        if not self._deadline.passed:
-            return
+        if self._deadline.passed:
+            raise self._did_not_converge()
+
+    def _did_not_converge(self) -> MigrationTimeout:
         state = self._state
-        raise MigrationTimeout(
+        return MigrationTimeout(
             f"the guest did not converge within {self._deadline.seconds:g} s: after "
             f"{state.dirty_sync_count} passes {self._pending >> 10} KiB are left, it dirties "
             f"{state.dirty_bytes_rate >> 20} MiB/s and {self._window.bandwidth / 1048.576:.0f} "
