@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,9 @@ from harness import Qemu, free_port
 
 import rdma_mig.migration as header
 from rdma_mig.errors import UsageError
-from rdma_mig.migration import state
 from rdma_mig.migration.guests import SnapshotGuest
 
-
-@pytest.fixture(autouse=True)
-def _current(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process's one migration, with nothing set; what is started on it is closed."""
-    monkeypatch.setattr(state, "_current", header.MigrationState())
-    yield
-    last = header.migrate_get_current().migration
-    if last is not None:
-        last.close()
+pytestmark = pytest.mark.usefixtures("current")
 
 
 def wait() -> None:
