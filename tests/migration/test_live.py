@@ -145,14 +145,18 @@ def test_other_machine_is_refused_and_the_guest_goes_on(guests):
 def test_tracker_that_is_not_atomic_gets_a_guest_at_rest(guests):
     source, destination = guests
     seen = []
-    harvest = source.marks.harvest
+    harvest, start = source.marks.harvest, source.marks.start
     source.marks.atomic = False
+
+    def started():
+        seen.append(source.running.is_set())
+        start()
 
     def watched(index, into):
         seen.append(source.running.is_set())
         return harvest(index, into)
 
-    source.marks.harvest = watched
+    source.marks.harvest, source.marks.start = watched, started
     source.begin()
     with Pair(source, destination) as pair:
         pair.start()
