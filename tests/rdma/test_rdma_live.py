@@ -37,7 +37,9 @@ def test_guest_goes_to_another_process(pin_all, mib):
     uri = f"rdma:{kit.device()[1]}:0"
     with Destination(uri, mib) as destination, guest_of(mib) as guest:
         guest.begin()
-        state = start_to(destination.uri, guest, pin_all=pin_all, bandwidth_limit=link(128))
+        state = start_to(
+            destination.uri, guest, pin_all=pin_all, bandwidth_limit=link(min(mib, 128))
+        )
         check_arrival(state, guest, destination)
         check_counters(state)
 
