@@ -409,7 +409,7 @@ def test_cache_miss_rate_of_a_period(current, guest, connection, receiver):
 def test_cache_gives_pages_up_that_were_not_sent_for_two_rounds(
     current, guest, connection, receiver
 ):
-    """So that it follows a guest that turns to other memory; a round ends when marks are fetched."""
+    """So that it follows a guest that turns to other memory; each fetch of marks is a round."""
 
     class Turning(Generations):
         def harvest(self, index, into):
