@@ -15,6 +15,7 @@ OUTSIDE: int
 BAD_ENCODING: int
 TOO_LONG: int
 BAD_XBZRLE: int
+NO_DECODED: int
 
 NORMAL: int
 DUPLICATE: int
@@ -42,6 +43,7 @@ def load_pages(
     fd: int,
     page: int,
     counters: _Words,
+    decoded: _Buffer | None = None,
 ) -> tuple[int, int]: ...
 def encode_pages(
     ram: _Buffer,

@@ -14,10 +14,10 @@ import threading
 import time
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 from rdma_mig import _dirty
 from rdma_mig.closing import Closing
@@ -45,12 +45,14 @@ class DirtyTracker(Protocol):
     The order is what matters: `harvest`, then read the pages that it found. A write that comes
     after the harvest is found by the next one, whether or not the page was read with it.
 
-    Attributes:
-        atomic: whether the guest may write while `harvest` runs. Where it may not, the tracker
-            stops and resumes the writers itself.
+    One that is not ``atomic`` needs writers that are stopped, by whoever calls it, during ``start``
+    and while all blocks are harvested, one after the other.
     """
 
-    atomic: bool
+    @property
+    def atomic(self) -> bool:
+        """Whether the guest may write during `start` and `harvest`."""
+        ...
 
     def start(self) -> None:
         """Begin: what is written from here on is found. All pages are to be sent after this.
@@ -156,7 +158,7 @@ class _KernelTracker(Closing):
     def unsupported(cls) -> str:
         """Why this host cannot, empty when it can: found by tracking a page of its own."""
         try:
-            with GuestRam([RamBlock("probe", mmap.PAGESIZE)]) as ram, cls._on(ram) as tracker:
+            with GuestRam([RamBlock("probe", mmap.PAGESIZE)]) as ram, cls(ram) as tracker:
                 bitmap = DirtyBitmap.of_length(mmap.PAGESIZE)
                 tracker.start()
                 found = [tracker.harvest(0, bitmap)]
@@ -170,10 +172,6 @@ class _KernelTracker(Closing):
         if found != [0, per_page, 0, per_page, 0]:
             return f"the kernel does not tell what was written (of one page, {found} were found)"
         return ""
-
-    @classmethod
-    def _on(cls, ram: GuestRam) -> Self:
-        return cls(ram)
 
     def start(self) -> None:
         """Begin; see `DirtyTracker`."""
@@ -321,27 +319,21 @@ class UffdWriteProtect(_KernelTracker):
 class SoftDirty(_KernelTracker):
     """Linux with soft-dirty bits (CONFIG_MEM_SOFT_DIRTY): only while writers are stopped.
 
-    Reading the bits and clearing them are two steps: a write in between would be lost. So each
-    harvest stops the writers, for as long as it takes to read and clear the bits of all RAM. They
+    Reading the bits and clearing them are two steps: a write in between would be lost. So whoever
+    harvests stops the writers for as long as it takes to read and clear the bits of all RAM. They
     are the whole process's: nobody else may clear them. A page that the kernel takes out of the
     mapping loses its bit, so RAM is locked while it is tracked, and kept from becoming huge pages.
 
     Args:
         ram: the guest's.
-        stopped: what stops the writers on entering and resumes them on leaving.
     """
 
     atomic = False
     _fd = -1
 
-    def __init__(self, ram: GuestRam, stopped: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, ram: GuestRam) -> None:
         super().__init__(ram)
-        self._stopped = stopped
         self._pending: list[DirtyBitmap] = []
-
-    @classmethod
-    def _on(cls, ram: GuestRam) -> Self:
-        return cls(ram, nullcontext)
 
     def _begin(self, stack: ExitStack) -> None:
         self._fd = self._pagemap(stack)
@@ -351,8 +343,7 @@ class SoftDirty(_KernelTracker):
             _checked(failed, f"RAM block {guest.block.idstr!r} cannot be locked in memory")
             stack.callback(_dirty.unpin_mapping, memory.address, memory.length)
         self._pending = [DirtyBitmap.of_length(guest.memory.length) for guest in self._ram]
-        with self._stopped():
-            self._clear()
+        self._clear()
 
     def _clear(self) -> None:
         try:
@@ -362,15 +353,14 @@ class SoftDirty(_KernelTracker):
             raise HostError(f"the kernel has no soft-dirty bits: {error.strerror}") from error
 
     def _find(self, index: int, into: DirtyBitmap) -> int:
-        with self._stopped():
-            for guest, pending in zip(self._ram, self._pending, strict=True):
-                memory = guest.memory
-                pages = memory.length // TARGET_PAGE_SIZE
-                found = _dirty.read_soft_dirty(
-                    self._fd, memory.address, pending.words, pages, mmap.PAGESIZE
-                )
-                _checked(found, f"{_PAGEMAP} cannot be read")
-            self._clear()
+        for guest, pending in zip(self._ram, self._pending, strict=True):
+            memory = guest.memory
+            pages = memory.length // TARGET_PAGE_SIZE
+            found = _dirty.read_soft_dirty(
+                self._fd, memory.address, pending.words, pages, mmap.PAGESIZE
+            )
+            _checked(found, f"{_PAGEMAP} cannot be read")
+        self._clear()
         return _dirty.take(self._pending[index].words, into.words)
 
 
@@ -387,15 +377,13 @@ class Choice:
     refused: dict[str, str]
 
 
-def choose_tracker(
-    ram: GuestRam, stopped: Callable[[], AbstractContextManager[None]] | None = None
-) -> Choice:
+def choose_tracker(ram: GuestRam, *, can_stop: bool = False) -> Choice:
     """Take the best tracker that the kernel has; each is tried on a page of its own.
 
     Args:
         ram: the guest's.
-        stopped: what stops the writers on entering and resumes them on leaving; None where they
-            cannot be stopped, which rules out `SoftDirty`.
+        can_stop: whether the writers can be stopped again and again while the guest migrates,
+            without which `SoftDirty` is no choice.
 
     Raises:
         HostError: there is none; says why.
@@ -406,10 +394,10 @@ def choose_tracker(
         if not (reason := kind.unsupported()):
             return Choice(kind(ram), refused)
         refused[kind.__name__] = reason
-    if stopped is None:
+    if not can_stop:
         refused[SoftDirty.__name__] = "the writers cannot be stopped"
     elif not (reason := SoftDirty.unsupported()):
-        return Choice(SoftDirty(ram, stopped), refused)
+        return Choice(SoftDirty(ram), refused)
     else:
         refused[SoftDirty.__name__] = reason
     raise HostError(

@@ -65,7 +65,8 @@ class PageReader:
     """Takes page records into a guest's RAM: ``load`` is what a `StreamParser` wants of its sink.
 
     A record without a name means the block of the one before, which may have come in an earlier
-    call. Views of the memory are held within a call only.
+    call. Views of the memory are held within a call only. The first XBZRLE page takes a page of
+    memory, in which it and later ones are decoded: RAM sees them when they are whole.
 
     Args:
         ram: the guest's; must stay open while pages are loaded.
@@ -76,6 +77,16 @@ class PageReader:
         self._name: bytes | None = None
         self._came: set[bytes] = set()
         self._counts = array("Q", bytes(8 * _stream.COUNTERS))
+        self._decoded: bytearray | None = None
+
+    @property
+    def decoded_size(self) -> int:
+        """Bytes of memory that XBZRLE pages are decoded in; 0 while there is none."""
+        return 0 if self._decoded is None else len(self._decoded)
+
+    def free_decoded(self) -> None:
+        """Free that memory; another XBZRLE page takes it again. Not while `load` runs."""
+        self._decoded = None
 
     @property
     def counters(self) -> PageCounters:
@@ -100,12 +111,15 @@ class PageReader:
 
         Raises:
             RemoteProtocolError: a record is wrong; ``at`` is where it begins in ``data``. Pages
-                before it have been loaded, and an XBZRLE page may be half patched.
+                before it have been loaded.
         """
         while True:
             at, stop = self._load_block(data, at)
             if stop in (_stream.INCOMPLETE, _stream.OTHER_WORD):
                 return at
+            if stop == _stream.NO_DECODED:
+                self._decoded = bytearray(TARGET_PAGE_SIZE)
+                continue
             if stop != _stream.OTHER_BLOCK:
                 raise self._refused(data, at, stop)
             end = at + 9 + data[at + 8]
@@ -123,7 +137,14 @@ class PageReader:
         memory = self._blocks[self._name].memory
         with memory.view() as ram:
             return _stream.load_pages(
-                data, at, self._name, ram, memory.fd, TARGET_PAGE_SIZE, self._counts
+                data,
+                at,
+                self._name,
+                ram,
+                memory.fd,
+                TARGET_PAGE_SIZE,
+                self._counts,
+                self._decoded,
             )
 
     def _refused(

@@ -10,7 +10,7 @@ from rdma_mig import _pages
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.migration.interfaces import DirtyTracker
+from rdma_mig.migration.tracking import Tracking
 
 __all__ = ["Backlog"]
 
@@ -40,11 +40,9 @@ class Backlog:
         self._block = 0
         self._word = 0
 
-    def add_dirty(self, tracker: DirtyTracker) -> int:
+    def add_dirty(self, tracking: Tracking, *, at_rest: bool) -> int:
         """Fetch what was written since the last time; return how many pages that were."""
-        found = 0
-        for index, marks in enumerate(self._marks):
-            found += tracker.harvest(index, marks)
+        found = tracking.harvest(self._marks, at_rest=at_rest)
         self.pages = sum(marks.count() for marks in self._marks)
         return found
 

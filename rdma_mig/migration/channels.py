@@ -17,12 +17,13 @@ from rdma_mig.channel.plain import PlainIncoming, PlainOutgoing
 from rdma_mig.channel.process import ProcessLink
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.sockets import SocketListener, connect
-from rdma_mig.channel.transport import AT_SOURCE, DestinationTransport, SourceTransport
+from rdma_mig.channel.transport import AT_SOURCE
 from rdma_mig.errors import MigrationError, UsageError
 from rdma_mig.migration.clients import client_guard, warn_if_open
+from rdma_mig.migration.engines import Process, Save, incoming_engine, outgoing_engine
 from rdma_mig.migration.events import Connected, Listening
 from rdma_mig.migration.failures import complete_failure
-from rdma_mig.migration.state import Migration, MigrationStatus
+from rdma_mig.migration.state import Migration, MigrationState, MigrationStatus
 from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.uri import (
@@ -38,8 +39,6 @@ from rdma_mig.wire.uri import (
 
 __all__ = [
     "ChannelOptions",
-    "Process",
-    "Save",
     "exec_start_incoming_migration",
     "exec_start_outgoing_migration",
     "fd_start_incoming_migration",
@@ -53,12 +52,6 @@ __all__ = [
     "unix_start_incoming_migration",
     "unix_start_outgoing_migration",
 ]
-
-Process = Callable[[Migration, QEMUFile, DestinationTransport], None]
-"""An engine's function that loads the stream from the file."""
-
-Save = Callable[[Migration, QEMUFile, SourceTransport], None]
-"""An engine's function that writes the stream to the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,54 +81,56 @@ class ChannelOptions:
 def start_incoming(
     address: MigrationAddress,
     *,
-    migration: Migration,
-    process: Process,
+    migration: Migration | None = None,
+    process: Process | None = None,
     options: ChannelOptions | None = None,
 ) -> str:
     """Await a source at any address but RDMA's, and process its migration on the worker thread.
 
     Args:
         address: where.
-        migration: owns what is started; becomes the process's current one.
-        process: loads the stream from the file.
+        migration: owns what is started; becomes the process's current one. None, as in the
+            header: the process's own, with what is set for it.
+        process: loads the stream from the file; None for `process_incoming_migration`.
         options: limits.
 
     Returns:
         the URI that a source can connect to.
 
     Raises:
-        UsageError: --allow where nobody has an address.
+        UsageError: --allow where nobody has an address; no guest to load into.
         HostError: this host cannot do it.
         LocalProtocolError: another migration is under way.
     """
     options = options or ChannelOptions()
     if options.allow and not isinstance(address, TcpAddress):
         raise UsageError(f"--allow is for addresses of the network, and {address} has none")
-    migration.become_current()
-    cancel = migration.cancellation
+    if isinstance(address, RdmaAddress):
+        raise UsageError(f"{address} is RDMA's")
+    work, load = incoming_engine(migration, process)
+    work.become_current()
+    cancel = work.cancellation
     match address:
         case TcpAddress() | UnixAddress():
-            guard = client_guard(migration, options.allow)
+            guard = client_guard(work, options.allow)
             listener = SocketListener(address, cancel, guard)
             ready = str(listener.address)
             if guard is None and isinstance(listener.address, TcpAddress):
-                warn_if_open(migration, listener.address.host)
+                warn_if_open(work, listener.address.host)
 
             def open_link() -> Link:
                 with listener:
                     return listener.accept(Deadline.after(options.accept_seconds), options.limits)
 
-        case RdmaAddress():
-            raise UsageError(f"{address} is RDMA's")
         case _:
-            link = _reading(address, migration, options)
+            link = _reading(address, work, options)
             ready = str(address)
 
             def open_link() -> Link:
                 return link
 
-    migration.emit(Listening(ready))
-    migration.run(lambda: _incoming(migration, open_link, process), "rdma-mig-incoming")
+    work.emit(Listening(ready))
+    work.run(lambda: _incoming(work, open_link, load), "rdma-mig-incoming")
     return ready
 
 
@@ -186,28 +181,33 @@ def _connected(migration: Migration, link: Link) -> None:
 
 
 def start_outgoing(
-    migration: Migration,
+    state: Migration | MigrationState,
     address: MigrationAddress,
     *,
-    save: Save,
+    save: Save | None = None,
     options: ChannelOptions | None = None,
 ) -> None:
     """Connect to any address but RDMA's, and save to it on the worker thread.
 
     Args:
-        migration: owns what is started; becomes the process's current one.
+        state: the migration that owns what is started; becomes the process's current one. With
+            the header's `MigrationState`, one is made with what is set there.
         address: where.
-        save: writes the stream to the file.
+        save: writes the stream to the file; None for `migrate_fd_connect`.
         options: limits.
 
     Raises:
-        UsageError: a return path where there can be none.
+        UsageError: a return path where there can be none; no guest; block devices were asked for.
         HostError: this host cannot do it.
         LocalProtocolError: another migration is under way.
+        MigrationError: migrations are blocked (`migrate_add_blocker`).
     """
     options = options or ChannelOptions()
     if options.return_path and isinstance(address, (ExecAddress, FileAddress)):
         raise UsageError(f"{address} has no way back: leave --return-path out")
+    if isinstance(address, RdmaAddress):
+        raise UsageError(f"{address} is RDMA's")
+    migration, engine = outgoing_engine(state, save, options.total_seconds)
     migration.become_current()
     cancel = migration.cancellation
     match address:
@@ -241,9 +241,6 @@ def start_outgoing(
             def open_link() -> Link:
                 return writer
 
-        case RdmaAddress():
-            raise UsageError(f"{address} is RDMA's")
-
     def work() -> None:
         migration.state.step = "connecting"
         try:
@@ -252,7 +249,7 @@ def start_outgoing(
             complete_failure(error, str(address), "destination")
             raise
         wanted = link.two_way if options.return_path is None else options.return_path
-        _outgoing(migration, link, save, return_path=wanted)
+        _outgoing(migration, link, engine, return_path=wanted)
 
     migration.run(work, "rdma-mig-outgoing")
 
@@ -279,8 +276,8 @@ def _incoming_name(scheme: str, what: str) -> Callable[..., str]:
     def start(
         address: str,
         *,
-        migration: Migration,
-        process: Process,
+        migration: Migration | None = None,
+        process: Process | None = None,
         options: ChannelOptions | None = None,
     ) -> str:
         return start_incoming(
@@ -297,7 +294,11 @@ def _incoming_name(scheme: str, what: str) -> Callable[..., str]:
 
 def _outgoing_name(scheme: str, what: str) -> Callable[..., None]:
     def start(
-        state: Migration, address: str, *, save: Save, options: ChannelOptions | None = None
+        state: Migration | MigrationState,
+        address: str,
+        *,
+        save: Save | None = None,
+        options: ChannelOptions | None = None,
     ) -> None:
         start_outgoing(
             state, parse_uri(f"{scheme}:{address}", listening=False), save=save, options=options

@@ -14,14 +14,14 @@ from rdma_mig.migration.interfaces import Guest
 from rdma_mig.migration.live import LiveSource
 from rdma_mig.migration.load import LiveDestination
 from rdma_mig.migration.notifiers import require_unblocked
-from rdma_mig.migration.state import Migration, migrate_get_current
+from rdma_mig.migration.state import Migration, migrate_fd_close, migrate_get_current
 from rdma_mig.migration.status import MigrationCapability, MigrationState, MigrationStatus
+from rdma_mig.migration.xbzrle import free_xbzrle_decoded_buf
 
 __all__ = [
     "dup_mig_bytes_transferred",
     "dup_mig_pages_transferred",
     "migrate_auto_converge",
-    "migrate_fd_close",
     "migrate_fd_connect",
     "migrate_fd_error",
     "migrate_max_downtime",
@@ -208,32 +208,40 @@ def process_incoming_migration(f: QEMUFile) -> None:
 
     Raises:
         UsageError: there is no guest.
+        LocalProtocolError: another migration is under way.
         MigrationError: it failed; its ``owner`` says where the guest is.
     """
     state = migrate_get_current()
     destination = LiveDestination(state.require_guest())
     migration = state.migration
-    if migration is None or not migration.running:
-        migration = Migration.of(state)
-        migration.become_current()
-        work = migration
-        work.run(lambda: _load(work, destination, f), "rdma-mig-incoming")
-        work.wait()
+    if migration is not None and migration.is_worker:
+        _load(migration, destination, f)
         return
-    _load(migration, destination, f)
+    work = Migration.of(state)
+    work.become_current()
+    work.run(lambda: _load(work, destination, f), "rdma-mig-incoming")
+    work.wait()
 
 
 def _load(migration: Migration, destination: LiveDestination, file: QEMUFile) -> None:
     migration.connected(file)
     migration.advance(MigrationStatus.ACTIVE)
-    destination.process(migration, file, file.channel)  # type: ignore[arg-type]
+    try:
+        destination.process(migration, file, file.channel)  # type: ignore[arg-type]
+    finally:
+        free_xbzrle_decoded_buf()
 
 
-def migrate_fd_connect(s: MigrationState) -> None:
+def migrate_fd_connect(s: MigrationState, *, total_seconds: float | None = None) -> None:
     """Send the guest through ``s.file``, which is connected.
 
     On the worker of that migration it returns when all is done. Elsewhere it starts the worker
     and returns; ``s.migration.wait()`` waits for the end.
+
+    Args:
+        s: the migration; ``s.file.channel`` is the transport.
+        total_seconds: limit on it all, so that a guest that writes faster than the link carries
+            does not keep it going for ever; None for none.
 
     Raises:
         UsageError: there is no guest, or block devices were asked for.
@@ -244,7 +252,7 @@ def migrate_fd_connect(s: MigrationState) -> None:
     if file is None:
         raise LocalProtocolError("the migration has no file to send through")
     s.params.check()
-    source = LiveSource(s.require_guest())
+    source = LiveSource(s.require_guest(), total_seconds=total_seconds)
     migration = s.migration
     if migration is not None and migration.is_worker:
         migration.connected(file)
@@ -274,16 +282,3 @@ def migrate_fd_error(s: MigrationState) -> None:
         return
     s.status = MigrationStatus.FAILED
     migrate_fd_close(s)
-
-
-def migrate_fd_close(s: MigrationState) -> int:
-    """Close the file of a migration.
-
-    Returns:
-        0, or a negative number if the file was in error; 0 also where there is no file.
-    """
-    file, s.file = s.file, None
-    if file is None:
-        return 0
-    file.close()
-    return -int(file.error.exit_status) if file.error is not None else 0

@@ -9,8 +9,9 @@ from pathlib import Path
 from rdma_mig.closing import Closing
 from rdma_mig.errors import LocalProtocolError, RemoteProtocolError
 from rdma_mig.memory.blocks import RamBlock
+from rdma_mig.memory.dirty import DirtyTracker
 from rdma_mig.memory.ram import GuestRam, require_memory
-from rdma_mig.migration.interfaces import API_VERSION, DirtyTracker
+from rdma_mig.migration.interfaces import API_VERSION
 from rdma_mig.snapshot import Snapshot, SnapshotWriter
 from rdma_mig.wire.device_state import DeviceState, decode_sole_device, encode_sole_device
 from rdma_mig.wire.stream import RamStart, StreamHead

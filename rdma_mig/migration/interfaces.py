@@ -3,58 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.memory.bitmap import DirtyBitmap
+from rdma_mig.memory.dirty import DirtyTracker
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.wire.device_state import DeviceState
 from rdma_mig.wire.stream import RamStart, StreamHead
 
 if TYPE_CHECKING:
+    from rdma_mig.migration.engines import Process, Save
     from rdma_mig.migration.state import Migration
 
-__all__ = ["API_VERSION", "DirtyTracker", "Guest", "Process", "Save", "Transport"]
+__all__ = ["API_VERSION", "DirtyTracker", "Guest", "Transport"]
 
 API_VERSION = 1
 """Of these interfaces; it grows when one of them changes so that users must change."""
-
-
-Process = Callable[["Migration", QEMUFile, Any], None]
-"""An engine's function that loads a stream; the third is a `DestinationTransport`."""
-
-Save = Callable[["Migration", QEMUFile, Any], None]
-"""An engine's function that writes a stream; the third is a `SourceTransport`."""
-
-
-class DirtyTracker(Protocol):
-    """Knows which pages of a guest were written."""
-
-    @property
-    def atomic(self) -> bool:
-        """Whether a write during ``harvest`` is found by this or the next; else stop writers."""
-        ...
-
-    def start(self) -> None:
-        """Begin: from the return on, every page written is found."""
-        ...
-
-    def harvest(self, index: int, into: DirtyBitmap) -> int:
-        """Move what was written in a block since the last time to a bitmap.
-
-        Args:
-            index: of the block, in stream order.
-            into: marks are added to it.
-
-        Returns:
-            how many pages were found.
-        """
-        ...
-
-    def stop(self) -> None:
-        """End. Idempotent."""
-        ...
 
 
 @runtime_checkable
@@ -78,7 +41,10 @@ class Guest(Protocol):
         ...
 
     def stop(self) -> None:
-        """Source: from the return on, nothing writes its RAM or changes its devices."""
+        """Source: from the return on, nothing writes its RAM or changes its devices.
+
+        Also called, and followed by ``resume``, whenever a tracker that is not atomic is asked.
+        """
         ...
 
     def resume(self) -> None:

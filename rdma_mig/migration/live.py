@@ -26,6 +26,7 @@ from rdma_mig.migration.ram_control import (
 from rdma_mig.migration.ram_save import XbzrleRates, ram_save_pages
 from rdma_mig.migration.state import Migration
 from rdma_mig.migration.status import MigrationCapability, MigrationStatus, clock_ms
+from rdma_mig.migration.tracking import Tracking
 from rdma_mig.waits import Deadline
 from rdma_mig.wire.device_state import DeviceState
 from rdma_mig.wire.return_path import RETURN_PATH_PING
@@ -87,44 +88,54 @@ class LiveSource:
             MigrationError: it failed; its ``owner`` says where the guest is.
         """
         migration.state.owner = _HERE
-        run = _Run(self.guest, migration, file, transport, Deadline.after(self._total_seconds))
-        tracker = self.guest.tracker
+        run = _Run(self.guest, migration, file, transport, self._deadline(migration))
         try:
-            if tracker is not None:
-                tracker.start()
-            try:
-                run.setup()
-                run.rounds()
-            finally:
-                if migration.state.throttle_percentage:
-                    migration.state.throttle_percentage = 0
-                    self.guest.throttle(0)
-            began = clock_ms()
-            self._stopped = True
-            self.guest.stop()
-            run.last_round()
-            confirmed = hand_over(
-                migration,
-                file,
-                transport,
-                run.device_state(),
-                owner=_HERE,
-                before_eof=self._point_of_no_return,
-            )
-            migration.state.downtime = clock_ms() - began
-            migration.state.owner = "the guest runs at the destination"
-            self._may_be_there = False
-            self._stopped = False
-            confirmed = transport.finish() or confirmed
-            migration.note_commit("source", "EOF", "passed")
+            with run.tracking:
+                confirmed = self._through(migration, run, file, transport)
             run.report(confirmed)
         except BaseException as error:
             self._fail(error)
             raise
         finally:
             migration.state.xbzrle_cache = None
-            if tracker is not None:
-                tracker.stop()
+
+    def _through(
+        self, migration: Migration, run: _Run, file: QEMUFile, transport: SourceTransport
+    ) -> str:
+        """Go through all phases; return how success is known."""
+        try:
+            run.setup()
+            run.rounds()
+        finally:
+            if migration.state.throttle_percentage:
+                migration.state.throttle_percentage = 0
+                self.guest.throttle(0)
+        began = clock_ms()
+        self._stopped = True
+        self.guest.stop()
+        run.last_round()
+        confirmed = hand_over(
+            migration,
+            file,
+            transport,
+            run.device_state(),
+            owner=_HERE,
+            before_eof=self._point_of_no_return,
+        )
+        migration.state.downtime = clock_ms() - began
+        migration.state.owner = "the guest runs at the destination"
+        self._may_be_there = False
+        self._stopped = False
+        confirmed = transport.finish() or confirmed
+        migration.note_commit("source", "EOF", "passed")
+        return confirmed
+
+    def _deadline(self, migration: Migration) -> Deadline:
+        """From when the migration began, so that a transport's own limit is no sooner."""
+        if not self._total_seconds:
+            return Deadline.after(None)
+        began = migration.state.total_time * 1_000_000
+        return Deadline(began + int(self._total_seconds * 1e9), self._total_seconds)
 
     def _point_of_no_return(self) -> None:
         self._may_be_there = True
@@ -153,6 +164,7 @@ class _Run:
     ) -> None:
         self._guest = guest
         self._ram = guest.ram
+        self.tracking = Tracking(guest)
         self._migration = migration
         self._state = migration.state
         self._file = file
@@ -207,7 +219,12 @@ class _Run:
             if not self._pending or self._pending < self._window.threshold:
                 return
             if self._window.left != 0:
-                self._round()
+                try:
+                    self._round()
+                except MigrationTimeout as error:
+                    if self._deadline.passed:
+                        raise self._did_not_converge() from error
+                    raise
             if self._window.left == 0:
                 self._migration.cancellation.wait(self._window.seconds_left)
             self._window.turn()
@@ -237,10 +254,12 @@ class _Run:
 
     def _check(self) -> None:
         self._migration.cancellation.check(f"sending RAM, round {self._state.rounds + 1}")
-        if not self._deadline.passed:
-            return
+        if self._deadline.passed:
+            raise self._did_not_converge()
+
+    def _did_not_converge(self) -> MigrationTimeout:
         state = self._state
-        raise MigrationTimeout(
+        return MigrationTimeout(
             f"the guest did not converge within {self._deadline.seconds:g} s: after "
             f"{state.dirty_sync_count} passes {self._pending >> 10} KiB are left, it dirties "
             f"{state.dirty_bytes_rate >> 20} MiB/s and {self._window.bandwidth / 1048.576:.0f} "
@@ -251,17 +270,7 @@ class _Run:
 
     def _synchronise(self) -> None:
         """Fetch what the guest has dirtied."""
-        tracker = self._guest.tracker
-        found = 0
-        if tracker is not None:
-            rests = tracker.atomic or self._at_rest
-            if not rests:
-                self._guest.stop()
-            try:
-                found = self._backlog.add_dirty(tracker)
-            finally:
-                if not rests:
-                    self._guest.resume()
+        found = self._backlog.add_dirty(self.tracking, at_rest=self._at_rest)
         self._state.dirty_sync_count += 1
         self._state.dirty_pages = self._backlog.pages
         if self._state.xbzrle_cache is not None:

@@ -16,12 +16,10 @@ from rdma_mig.channel.transport import AT_SOURCE
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.clients import client_guard, warn_if_open
+from rdma_mig.migration.engines import incoming_engine, outgoing_engine
 from rdma_mig.migration.events import Connected, Listening, Warned
 from rdma_mig.migration.failures import complete_failure
-from rdma_mig.migration.live import LiveSource
-from rdma_mig.migration.load import LiveDestination
-from rdma_mig.migration.notifiers import require_unblocked
-from rdma_mig.migration.state import Migration, migrate_get_current
+from rdma_mig.migration.state import Migration
 from rdma_mig.migration.status import MigrationCapability, MigrationState, MigrationStatus
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
@@ -84,7 +82,7 @@ def rdma_start_incoming_migration(
     """Listen for a source, and process its migration on the worker thread.
 
     Args:
-        host_port: ``rdma:HOST:PORT``; port 0 takes a free one.
+        host_port: ``HOST:PORT``, or ``rdma:HOST:PORT``; port 0 takes a free one.
         migration: owns what is started; becomes the process's current one. None, as in the
             header: the process's own, with what is set for it.
         process: the engine: loads the stream from the file. It attaches RAM to the transport
@@ -101,16 +99,13 @@ def rdma_start_incoming_migration(
         LocalProtocolError: another migration is under way.
     """
     options = options or RdmaOptions()
-    address = RdmaAddress.parse(host_port, listening=True)
-    migration = Migration.of(migrate_get_current()) if migration is None else migration
-    if process is None:
-        destination = LiveDestination(migration.state.require_guest())
-        process = destination.process
+    address = RdmaAddress.parse(_uri(host_port), listening=True)
+    migration, load_stream = incoming_engine(migration, process)
     migration.become_current()
     load()
     guard = client_guard(migration, options.allow)
     endpoint = replace(options.endpoint, trace=migration.trace)
-    work, load_stream = migration, process
+    work = migration
 
     def refused(peer: str, why: str) -> None:
         work.emit(Warned(f"turned {peer} away: {why}"))
@@ -132,6 +127,12 @@ def rdma_start_incoming_migration(
         listener.close()
         raise
     return listener.address
+
+
+def _uri(host_port: str) -> str:
+    """The URI; the header's functions are given what stands behind its scheme."""
+    scheme = f"{RdmaAddress.scheme}:"
+    return host_port if host_port.startswith(scheme) else scheme + host_port
 
 
 def _quarrels_with_qemu(listener: IncomingListener) -> bool:
@@ -182,10 +183,10 @@ def rdma_start_outgoing_migration(
     Args:
         state: the migration that owns what is started; becomes the process's current one. With
             the header's `MigrationState`, one is made with what is set there.
-        host_port: ``rdma:HOST:PORT``.
+        host_port: ``HOST:PORT``, or ``rdma:HOST:PORT``.
         ram: the guest's RAM; it must outlive the migration. None for that of the state's guest.
         save: the engine: writes the stream to the file and calls the RAM hooks. None for
-            `LiveSource`, with the state's guest.
+            `migrate_fd_connect`, with the state's guest.
         options: limits and sizes; None for what the capabilities say.
 
     Raises:
@@ -194,13 +195,12 @@ def rdma_start_outgoing_migration(
         LocalProtocolError: another migration is under way.
         MigrationError: migrations are blocked (`migrate_add_blocker`).
     """
-    address = RdmaAddress.parse(host_port, listening=False)
-    require_unblocked()
-    migration = Migration.of(state)
+    address = RdmaAddress.parse(_uri(host_port), listening=False)
+    migration, engine = outgoing_engine(
+        state, save, None if options is None else options.total_seconds
+    )
     settings = migration.state
-    settings.params.check()
     work = options or RdmaOptions(pin_all=settings.enabled(MigrationCapability.RDMA_PIN_ALL))
-    engine = save or LiveSource(settings.require_guest(), total_seconds=work.total_seconds).save
     memory = settings.require_guest().ram if ram is None else ram
     migration.become_current()
     require_rdma()

@@ -17,7 +17,13 @@ from rdma_mig.migration.status import MigrationState, MigrationStatus, clock_ms
 from rdma_mig.tracing import Trace
 from rdma_mig.waits import Cancel
 
-__all__ = ["Migration", "MigrationState", "MigrationStatus", "migrate_get_current"]
+__all__ = [
+    "Migration",
+    "MigrationState",
+    "MigrationStatus",
+    "migrate_fd_close",
+    "migrate_get_current",
+]
 
 
 _current_lock = threading.Lock()
@@ -31,6 +37,19 @@ def migrate_get_current() -> MigrationState:
     only. Starting another migration puts a new object in its place, which keeps the settings.
     """
     return _current
+
+
+def migrate_fd_close(s: MigrationState) -> int:
+    """Close the file of a migration, as its cleanup does.
+
+    Returns:
+        0, or a negative number if the file was in error; 0 also where there is no file.
+    """
+    file, s.file = s.file, None
+    if file is None:
+        return 0
+    file.close()
+    return -int(file.error.exit_status) if file.error is not None else 0
 
 
 class Migration(Closing):
@@ -135,9 +154,7 @@ class Migration(Closing):
         """End the bookkeeping, on the worker: the final state is what everybody then sees."""
         state = self.state
         state.cleanup_bh = None
-        if state.file is not None:
-            state.file.close()
-            state.file = None
+        migrate_fd_close(state)
         final = MigrationStatus.COMPLETED
         if self._error is not None:
             cancelled = self.cancellation.requested and not self._given_up

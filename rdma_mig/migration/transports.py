@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypeVar
 from rdma_mig.errors import UsageError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.channels import ChannelOptions, start_incoming, start_outgoing
-from rdma_mig.migration.interfaces import API_VERSION, Process, Save
+from rdma_mig.migration.engines import Process, Save
+from rdma_mig.migration.interfaces import API_VERSION
 from rdma_mig.migration.state import Migration
 from rdma_mig.wire.uri import MigrationAddress, parse_uri
 

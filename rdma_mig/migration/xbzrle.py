@@ -102,15 +102,16 @@ def xbzrle_cache_resize(new_size: int) -> int:
 
 
 def free_xbzrle_decoded_buf() -> None:
-    """Free what the process's incoming migration has decoded pages with, after its end.
+    """Free the page that the process's incoming migration has decoded XBZRLE in, after its end.
 
-    XBZRLE is decoded in place, into RAM; this lets go of the reader that knows RAM and the block
-    that pages came for last. Without one it does nothing.
+    `process_incoming_migration` calls it when it has loaded, or failed.
 
     Raises:
-        LocalProtocolError: it is still loading.
+        LocalProtocolError: another thread is still loading.
     """
     state = migrate_get_current()
-    if state.page_reader is not None and state.migration is not None and state.migration.running:
+    migration = state.migration
+    if migration is not None and migration.running and not migration.is_worker:
         raise LocalProtocolError("pages are still being loaded")
-    state.page_reader = None
+    if state.page_reader is not None:
+        state.page_reader.free_decoded()

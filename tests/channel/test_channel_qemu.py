@@ -126,3 +126,55 @@ def test_destination_that_lacks_a_device_is_no_success(tmp_path: Path, stored: S
         said = outgoing.fail(1)
         assert "is unchanged" in said
         destination.wait_exit()
+
+
+def test_guest_comes_and_goes_over_ipv6(tmp_path: Path):
+    kept, uri = tmp_path / "kept", f"tcp:[::1]:{free_port()}"
+    with (
+        Qemu(guest=GUEST, name="source") as source,
+        Incoming(kept, uri="tcp:[::1]:0") as incoming,
+    ):
+        source.wait_heartbeat(2)
+        assert incoming.uri.startswith("tcp:[::1]:")
+        source.migrate(incoming.uri)
+        source.wait_migration()
+        incoming.succeed()
+        assert incoming.event("connected")["peer"].startswith("[::1]:")
+        assert_same_memory(kept, bytes(source.memory()[:]))
+    with (
+        Qemu(guest=GUEST, name="destination", incoming=uri) as destination,
+        Command("outgoing", kept, uri) as outgoing,
+    ):
+        outgoing.succeed()
+        assert_runs_on(destination)
+
+
+def test_stream_at_an_offset_of_a_file(tmp_path: Path, stored: Stored):
+    """What is there already stays: as of a file that has other things before the stream."""
+    path = tmp_path / "file"
+    path.write_bytes(b"before" * 1000)
+    with Command("outgoing", stored.directory, f"file:{path},offset=4K") as outgoing:
+        outgoing.succeed()
+    assert path.read_bytes()[:4096] == (b"before" * 1000)[:4096]
+    assert path.read_bytes()[4096:4100] == b"QEVM"
+    with Incoming(tmp_path / "kept", uri=f"file:{path},offset=0x1000") as incoming:
+        incoming.succeed()
+    assert_same_memory(tmp_path / "kept", stored.memory)
+    with Incoming(tmp_path / "not", uri=f"file:{path},offset=4095") as incoming:
+        incoming.fail(4)
+    uri = f"exec:tail -c +4097 {path}"
+    with Qemu(guest=GUEST, name="destination", incoming=uri) as destination:
+        assert_runs_on(destination)
+
+
+def test_only_who_is_allowed_is_served(tmp_path: Path, stored: Stored):
+    with Incoming(tmp_path / "kept", "--allow", "127.0.0.2", uri="tcp:127.0.0.1:0") as incoming:
+        where = ("127.0.0.1", int(incoming.uri.rpartition(":")[2]))
+        with socket.create_connection(where, 10) as other:
+            assert other.recv(1) == b""
+        warning = incoming.wait_event("warning")["message"]
+        assert "turned 127.0.0.1 away: --allow does not name it" in warning
+        with socket.create_connection(where, 10, source_address=("127.0.0.2", 0)) as allowed:
+            allowed.sendall(stored.stream.read_bytes())
+        incoming.succeed()
+    assert_same_memory(tmp_path / "kept", stored.memory)

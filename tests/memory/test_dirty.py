@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dirty trackers: what they find, and that they lose no write."""
 
-import contextlib
 import errno
 import os
 import platform
@@ -42,21 +41,9 @@ def ram():
         yield guest
 
 
-def never_stopped():
-    return contextlib.nullcontext()
-
-
-# What makes each tracker that this kernel has; test_kernel_has_what_its_version_promises says which
-# those must be.
-TRACKERS = {
-    kind: make
-    for kind, make in (
-        (PagemapScan, PagemapScan),
-        (UffdWriteProtect, UffdWriteProtect),
-        (SoftDirty, lambda ram: SoftDirty(ram, never_stopped)),
-    )
-    if not kind.unsupported()
-}
+# The trackers that this kernel has; test_kernel_has_what_its_version_promises says which those must
+# be.
+TRACKERS = [kind for kind in (PagemapScan, UffdWriteProtect, SoftDirty) if not kind.unsupported()]
 # The kernel of the lab (Debian 12's) is older than that of most machines, and has soft-dirty bits:
 # what needs root runs there.
 CELLS = [
@@ -69,7 +56,7 @@ CELLS = [
 
 @pytest.fixture(params=CELLS)
 def tracker(request, ram):
-    with TRACKERS[request.param](ram) as tracker:
+    with request.param(ram) as tracker:
         yield tracker
 
 
@@ -194,8 +181,6 @@ def test_no_write_is_lost_by_the_kernel_s_trackers(kit, ram, tracker, request):
     # The lab's processor is emulated: one exchange of soft-dirty bits takes tens of milliseconds.
     exchanges = EXCHANGES // 1000 if request.node.get_closest_marker("root") else EXCHANGES
     race = Race(kit, ram[1])
-    if not tracker.atomic:
-        tracker._stopped = race.stopped
     race.run(tracker, exchanges, 600.0)
     assert race.exchanges > exchanges
     assert race.found > exchanges // 10
@@ -231,10 +216,9 @@ def test_the_race_finds_trackers_that_lose_writes(kit, ram, broken):
 
 
 class SoftDirtyWhileWriting(SoftDirty):
-    """The kernel's bits without stopping the writer."""
+    """The kernel's bits without anybody who stops the writer."""
 
-    def __init__(self, ram):
-        super().__init__(ram, never_stopped)
+    atomic = True
 
 
 if SoftDirty in TRACKERS:
@@ -242,7 +226,7 @@ if SoftDirty in TRACKERS:
     @pytest.mark.root
     def test_soft_dirty_loses_writes_where_writers_are_not_stopped(kit, ram):
         """So that it is known what stopping them is for."""
-        with SoftDirty(ram, never_stopped) as tracker, pytest.raises(LostWrite):
+        with SoftDirtyWhileWriting(ram) as tracker, pytest.raises(LostWrite):
             Race(kit, ram[1]).run(tracker, EXCHANGES, 600.0)
 
 
@@ -292,14 +276,14 @@ def test_next_best_is_taken_and_the_reasons_are_told(ram, monkeypatch):
     assert choice.refused == {"PagemapScan": "too old"}
     monkeypatch.setattr(UffdWriteProtect, "unsupported", lacking("forbidden"))
     monkeypatch.setattr(SoftDirty, "unsupported", lacking(""))
-    choice = choose_tracker(ram, never_stopped)
+    choice = choose_tracker(ram, can_stop=True)
     assert isinstance(choice.tracker, SoftDirty)
     assert choice.refused == {"PagemapScan": "too old", "UffdWriteProtect": "forbidden"}
     with pytest.raises(HostError, match="UffdWriteProtect: forbidden; SoftDirty: the writers"):
         choose_tracker(ram)
     monkeypatch.setattr(SoftDirty, "unsupported", lacking("none"))
     with pytest.raises(HostError, match=r"SoftDirty: none.*mark what is written explicitly"):
-        choose_tracker(ram, never_stopped)
+        choose_tracker(ram, can_stop=True)
 
 
 def test_a_kernel_that_tells_nothing_is_found_out(monkeypatch):

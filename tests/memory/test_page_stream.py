@@ -160,6 +160,8 @@ def test_nothing_is_nothing(ram):
         (xbzrle(0, b"\0\1a", b"pc.ram", encoding=2), "another encoding than 1"),
         (xbzrle(0, b"", b"pc.ram", size=4097), "more than 4096 encoded"),
         (xbzrle(0, b"\0\1", b"pc.ram"), "XBZRLE page is broken"),
+        # Its first run is right.
+        (xbzrle(0, b"\0\1a\5", b"pc.ram"), "XBZRLE page is broken"),
     ],
 )
 def test_records_that_are_refused(ram, bad, match):

@@ -94,6 +94,10 @@ class Race:
             while self.control.paused and not self.control.stop:
                 time.sleep(0)
 
+    def suited(self, tracker):
+        """Stop the writer, if the tracker needs that."""
+        return contextlib.nullcontext() if tracker.atomic else self.stopped()
+
     def run(self, tracker, exchanges, seconds=120.0):
         """Exchange so often while the writer runs, and check after each.
 
@@ -105,7 +109,8 @@ class Race:
         work = (self.kit.write_pages, ram, self.pages, marks, address(self.done))
         end = time.monotonic() + seconds
         with running(*work) as self.control:
-            tracker.start()
+            with self.suited(tracker):
+                tracker.start()
             self.exchange(tracker, everything=True)
             while self.exchanges < exchanges:
                 self.exchange(tracker)
@@ -119,7 +124,8 @@ class Race:
     def exchange(self, tracker, everything=False):
         dirty = DirtyBitmap(self.pages)
         self.kit.note_done(address(self.done), address(self.before), self.pages)
-        self.found += tracker.harvest(self.guest.index, dirty)
+        with self.suited(tracker):
+            self.found += tracker.harvest(self.guest.index, dirty)
         if everything:
             dirty.fill()
         lost = self.kit.copy_and_check(

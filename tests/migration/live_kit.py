@@ -4,23 +4,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+import rdma_mig.migration as header
 from rdma_mig.channel.link import SocketLink
 from rdma_mig.channel.plain import PlainIncoming, PlainOutgoing
 from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import MigrationError, RemoteProtocolError
-from rdma_mig.memory import DirtyBitmap, RamBlock
-from rdma_mig.memory.ram import GuestRam
+from rdma_mig.errors import MigrationError, MigrationTimeout, RemoteProtocolError
+from rdma_mig.memory import RamBlock
+from rdma_mig.memory.dirty import ExplicitMarks
 from rdma_mig.migration.guests import ProcessGuest
 from rdma_mig.migration.live import LiveSource
 from rdma_mig.migration.load import LiveDestination
 from rdma_mig.migration.state import Migration
+from rdma_mig.migration.status import MigrationCapability, MigrationState, MigrationStatus
 from rdma_mig.waits import TransportLimits
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 
@@ -29,37 +38,18 @@ PAGE = 4096
 MACHINE = "live-1.0"
 
 
-class Marks:
-    """Explicit marks behind a lock: the owner marks after writing."""
+class Marks(ExplicitMarks):
+    """Explicit marks that know whether somebody asks for them."""
 
-    atomic = True
-
-    def __init__(self, ram: GuestRam) -> None:
-        self._lock = threading.Lock()
-        self._marks = [DirtyBitmap.of_length(guest.block.length) for guest in ram]
-        self.started = False
+    started = False
 
     def start(self) -> None:
+        super().start()
         self.started = True
 
     def stop(self) -> None:
+        super().stop()
         self.started = False
-
-    def mark(self, index: int, first: int, count: int = 1) -> None:
-        with self._lock:
-            self._marks[index].set(first, count)
-
-    def harvest(self, index: int, into: DirtyBitmap) -> int:
-        with self._lock:
-            marks = self._marks[index]
-            found = marks.count()
-            if found:
-                theirs, ours = into.words, marks.words
-                for at, word in enumerate(ours):
-                    if word:
-                        theirs[at] |= word
-                marks.fill(False)
-        return found
 
 
 class WritingGuest(ProcessGuest):
@@ -83,6 +73,7 @@ class WritingGuest(ProcessGuest):
         self.loaded = b""
         self.load_error: MigrationError | None = None
         self.running = threading.Event()
+        self.stopped_at = 0.0
         self._pages = pages
         self._rate = rate
         self._gate = threading.Lock()
@@ -96,7 +87,6 @@ class WritingGuest(ProcessGuest):
         self._thread.start()
 
     def _write(self) -> None:
-        began = time.monotonic()
         burst = 16
         with self.ram[0].memory.view() as view:
             while not self._quit:
@@ -116,9 +106,9 @@ class WritingGuest(ProcessGuest):
                     time.sleep(0.0005 * (1 / share - 1) if share < 1 else 0)
                 else:
                     time.sleep(burst / self._rate / share)
-        del began
 
     def stop(self) -> None:
+        self.stopped_at = time.monotonic()
         self.calls.append("stop")
         self.running.clear()
         with self._gate:
@@ -223,4 +213,153 @@ class Pair:
             end.close()
 
 
-__all__ = ["MIB", "Marks", "Pair", "RemoteProtocolError", "WritingGuest", "socket_ends"]
+class Destination:
+    """Another process that a guest comes to (live_end.py).
+
+    Args:
+        uri: where it awaits the guest.
+        mib: how much memory it has for it.
+    """
+
+    def __init__(self, uri: str, mib: int) -> None:
+        program = Path(__file__).with_name("live_end.py")
+        self._process = subprocess.Popen(
+            [sys.executable, program, uri, str(mib)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            self.uri = self.answer()["uri"]
+        except BaseException:
+            self._end()
+            raise
+
+    def answer(self) -> dict[str, Any]:
+        """What it says next."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the destination ended with status {self._process.wait()}"
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """As a host does that is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def _end(self) -> None:
+        self.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def __enter__(self) -> Destination:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+
+def guest_of(mib: int, *, pages: int = 2048, rate: float = 4000.0) -> WritingGuest:
+    """A guest three quarters of whose memory is noise, each MiB another one."""
+    guest = WritingGuest((RamBlock("live.ram", mib * MIB),), pages=pages, rate=rate)
+    noise = random.Random(mib).randbytes(MIB)
+    with guest.ram[0].memory.view() as view:
+        for number in range(mib * 3 // 4):
+            view[number * MIB : (number + 1) * MIB] = noise[number:] + noise[:number]
+    return guest
+
+
+def start_to(
+    uri: str, guest: WritingGuest, *, options: Any = None, **settings: Any
+) -> MigrationState:
+    """Begin to migrate a guest, by the header's function for the scheme."""
+    pin_all = settings.pop("pin_all", False)
+    auto_converge = settings.pop("auto_converge", False)
+    state = MigrationState(guest=guest, **settings)
+    state.enabled_capabilities[MigrationCapability.RDMA_PIN_ALL] = pin_all
+    state.enabled_capabilities[MigrationCapability.AUTO_CONVERGE] = auto_converge
+    scheme, _, address = uri.partition(":")
+    getattr(header, f"{scheme}_start_outgoing_migration")(state, address, options=options)
+    return state
+
+
+def check_arrival(state: MigrationState, guest: WritingGuest, destination: Destination) -> None:
+    """A guest that was writing is there as it was when it stopped, within the downtime allowed."""
+    assert state.migration is not None
+    assert state.migration.wait(120), "it does not end"
+    arrived = destination.answer()
+    # The source rests; the destination has looked before it let the guest go on.
+    assert arrived["digests"] == guest.digests()
+    assert arrived["written"] == guest.written > 0
+    assert guest.calls[-1] == "stop"
+    assert state.status is MigrationStatus.COMPLETED
+    limit = state.max_downtime / 1e6
+    assert 0 <= state.downtime <= limit
+    assert (arrived["resumed_at"] - guest.stopped_at) * 1000 <= limit
+    # It was sent while it was written.
+    assert state.rounds >= 2
+    assert state.dirty_sync_count >= 3
+    assert state.precopy_bytes > state.downtime_bytes
+    assert destination.answer()["goes_on"]
+    print(
+        f"{state.ram_total >> 20} MiB: {state.total_time} ms, {state.rounds} rounds, downtime "
+        f"{state.downtime} ms, {(arrived['resumed_at'] - guest.stopped_at) * 1000:.0f} ms until it "
+        f"was to go on, {state.mbps:.0f} Mbit/s, {guest.written} pages written meanwhile"
+    )
+
+
+def check_throttled(state: MigrationState, guest: WritingGuest, destination: Destination) -> None:
+    """A guest that writes faster than the link carries was slowed down until it could go."""
+    assert state.migration is not None
+    assert state.migration.wait(240), "it does not end"
+    arrived = destination.answer()
+    assert arrived["digests"] == guest.digests()
+    assert arrived["written"] == guest.written
+    assert state.downtime <= state.max_downtime / 1e6
+    # By 20 % at first, then by 10 more at a time; at the end not at all.
+    assert guest.throttles[:-1] == [20 + 10 * step for step in range(len(guest.throttles) - 1)]
+    assert len(guest.throttles) >= 2
+    assert guest.throttles[-1] == state.throttle_percentage == 0
+    print(f"throttled by {guest.throttles}, {state.total_time} ms, downtime {state.downtime} ms")
+
+
+def check_too_fast(state: MigrationState, guest: WritingGuest, destination: Destination) -> None:
+    """One that is not slowed down goes on here when the time is over, and that is said."""
+    assert state.migration is not None
+    with pytest.raises(MigrationTimeout, match="the guest did not converge within") as caught:
+        state.migration.wait(240)
+    said = str(caught.value)
+    assert "KiB are left, it dirties" in said
+    assert "goes on running" in said
+    assert "auto-converge" in said
+    assert guest.calls == guest.throttles == []
+    before = guest.written
+    end = time.monotonic() + 20
+    while guest.written <= before + 100:
+        assert time.monotonic() < end, "it does not go on"
+        time.sleep(0.01)
+    answer = destination.answer()
+    assert "the guest is still the source's" in answer["error"]
+    assert not answer["resumed"]
+    print(said)
+
+
+def check_counters(state: MigrationState) -> None:
+    """With RDMA: bytes written, 1 for each page handed over, 8 for the end of each round."""
+    counters = state.counters
+    handed_over = counters.normal_pages + counters.duplicate_pages
+    assert counters.transferred == counters.normal_bytes + handed_over + 8 * state.rounds
+
+
+__all__ = [
+    "MIB",
+    "Destination",
+    "Marks",
+    "Pair",
+    "RemoteProtocolError",
+    "WritingGuest",
+    "check_arrival",
+    "check_counters",
+    "check_throttled",
+    "check_too_fast",
+    "guest_of",
+    "socket_ends",
+    "start_to",
+]

@@ -72,6 +72,7 @@ def test_sdist_is_the_tracked_tree(sdist_files, tree):
         "cext/_verbs.pyx",
         "cext/pages.pxd",
         "cext/verbs.pxd",
+        "cext/xbzrle.pxi",
         "demo/run",
         "docs/protocol.md",
         "man/rdma-migrate.1",

@@ -94,7 +94,7 @@ def test_named_files_of_the_project_exist(document):
     words = code_words(without_code(document.read_text()))
     tops = ("rdma_mig/", "tests/", "cext/", "docs/", "demo/", "docker/", ".ci/")
     for word in words:
-        path = word.split()[0].rstrip(",.:")
+        path = word.split()[0].partition("::")[0].rstrip(",.:")
         if path.startswith(tops) and not re.search(r"[*<>]", path):
             assert (ROOT / path).exists(), f"{path} does not exist"
 

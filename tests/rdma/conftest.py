@@ -15,6 +15,7 @@ import pytest
 _TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_TESTS))
 sys.path.insert(0, str(_TESTS / "rdma"))
+sys.path.insert(0, str(_TESTS / "migration"))
 sys.path.insert(0, str(_TESTS / "snapshot"))
 
 import hooks_kit  # noqa: E402

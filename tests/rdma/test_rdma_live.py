@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that writes all the time, from this process to another one, over RDMA."""
+
+from __future__ import annotations
+
+import pytest
+import rdma_kit as kit
+from live_kit import (
+    MIB,
+    Destination,
+    check_arrival,
+    check_counters,
+    check_throttled,
+    check_too_fast,
+    guest_of,
+    start_to,
+)
+
+from rdma_mig.errors import HostError
+from rdma_mig.memory.dirty import choose_tracker
+from rdma_mig.migration.rdma import RdmaOptions
+
+pytestmark = [pytest.mark.rdma, pytest.mark.deadline(180)]
+
+MODES = [pytest.param(True, id="pin-all"), pytest.param(False, id="dynamic")]
+SIZES = [64, 512]
+
+
+def link(mib_a_second):
+    """A bandwidth that the device has with some to spare, where it is emulated too."""
+    return int(mib_a_second * MIB / kit.patience(1))
+
+
+@pytest.mark.parametrize("mib", SIZES)
+@pytest.mark.parametrize("pin_all", MODES)
+def test_guest_goes_to_another_process(pin_all, mib):
+    uri = f"rdma:{kit.device()[1]}:0"
+    with Destination(uri, mib) as destination, guest_of(mib) as guest:
+        guest.begin()
+        state = start_to(
+            destination.uri, guest, pin_all=pin_all, bandwidth_limit=link(min(mib, 128))
+        )
+        check_arrival(state, guest, destination)
+        check_counters(state)
+
+
+@pytest.mark.parametrize("pin_all", MODES)
+def test_what_the_kernel_finds_is_sent(pin_all):
+    """Where it finds anything: the emulated machine's can, User Mode Linux says that it cannot."""
+    uri = f"rdma:{kit.device()[1]}:0"
+    with Destination(uri, 32) as destination, guest_of(32) as guest:
+        try:
+            guest.tracker = choose_tracker(guest.ram, can_stop=True).tracker
+        except HostError as error:
+            pytest.skip(error.message)
+        guest.begin()
+        state = start_to(destination.uri, guest, pin_all=pin_all, bandwidth_limit=link(64))
+        check_arrival(state, guest, destination)
+
+
+@pytest.mark.parametrize("pin_all", MODES)
+def test_writer_faster_than_the_link_is_throttled_until_it_converges(pin_all):
+    with (
+        Destination(f"rdma:{kit.device()[1]}:0", 16) as destination,
+        guest_of(16, pages=2048, rate=4000) as guest,
+    ):
+        guest.begin()
+        state = start_to(
+            destination.uri,
+            guest,
+            pin_all=pin_all,
+            bandwidth_limit=8 * MIB,
+            max_downtime=100_000_000,
+            auto_converge=True,
+        )
+        check_throttled(state, guest, destination)
+        check_counters(state)
+
+
+@pytest.mark.parametrize("pin_all", MODES)
+def test_writer_faster_than_the_link_ends_by_the_time_limit_and_says_so(pin_all):
+    with (
+        Destination(f"rdma:{kit.device()[1]}:0", 16) as destination,
+        guest_of(16, pages=2048, rate=4000) as guest,
+    ):
+        guest.begin()
+        state = start_to(
+            destination.uri,
+            guest,
+            bandwidth_limit=8 * MIB,
+            max_downtime=10_000_000,
+            options=RdmaOptions(pin_all=pin_all, total_seconds=5),
+        )
+        check_too_fast(state, guest, destination)
