@@ -38,7 +38,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
     "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
     "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",
-    "rdma/test_rdma_bad_source.py::test_other_version_is_rejected_with_a_reason[2]",
+    "rdma/test_rdma_bad_source.py::test_other_version_is_rejected_with_a_reason_and_waiting_goes_on[2]",
     "rdma/test_rdma_bad_source.py::test_second_client_is_rejected_while_one_is_served",
     "rdma/test_rdma_bad_source.py::test_source_that_disconnects_at_any_step[RAM handed over]",
     "rdma/test_rdma_return_path.py::test_last_word_comes_when_the_snapshot_is_on_disk",
