@@ -70,6 +70,9 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_stream.py::test_messages_that_end_at_fields_or_within_them[1]",
     "rdma/test_rdma_stream.py::test_shared_block_stays_where_it_is",
     "rdma/test_rdma_stream.py::test_other_live_sections_are_refused_by_name[between rounds]",
+    "rdma/test_rdma_signals.py::test_incoming[in the last phase-15]",
+    "rdma/test_rdma_signals.py::test_outgoing[all received-2]",
+    "rdma/test_rdma_siw.py::test_signal_while_tcp_connects[15]",
     "rdma/test_rdma_siw.py::test_whole_migration[pin-all]",
 )
 
