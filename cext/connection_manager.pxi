@@ -8,9 +8,11 @@ cdef int check(int result, str call) except -1:
     return 0
 
 
-# Private data of a reject (InfiniBand specification, 12.6.7).
+# Private data of a reject (InfiniBand specification, 12.6.7), and of a request in the TCP port
+# space.
 cdef enum:
     REJECT_DATA = 148
+    REQUEST_DATA = 56
 
 
 cdef sockaddr *sockaddr_of(bytes address) except NULL:
@@ -83,6 +85,36 @@ def resolve_address(cmid, bytes source, bytes destination, int timeout_ms) -> No
     with nogil:
         result = rdma_resolve_addr(raw, src, dst, timeout_ms)
     check(result, "rdma_resolve_addr")
+
+
+def connect(
+    cmid, bytes private_data, *, uint32_t qp_number, uint8_t read_depth, uint8_t retry,
+    uint8_t rnr_retry
+) -> None:
+    """rdma_connect(), without the GIL; the outcome arrives as an event.
+
+    An iWARP provider connects over TCP within the call: it may take minutes.
+    """
+    cdef rdma_cm_id *raw = id_handle(cmid)
+    cdef rdma_conn_param parameters
+    cdef int result
+    cdef int code = 0
+    if len(private_data) > REQUEST_DATA:
+        raise ValueError(f"a request carries up to {REQUEST_DATA} bytes, not {len(private_data)}")
+    memset(&parameters, 0, sizeof(parameters))
+    parameters.private_data = <const char *> private_data
+    parameters.private_data_len = <uint8_t> len(private_data)
+    parameters.responder_resources = read_depth
+    parameters.initiator_depth = read_depth
+    parameters.retry_count = retry
+    parameters.rnr_retry_count = rnr_retry
+    parameters.qp_num = qp_number
+    with nogil:
+        result = rdma_connect(raw, &parameters)
+        if result != 0:
+            code = errno
+    if result != 0:
+        raise OSError(code, f"rdma_connect: {strerror(code).decode()}")
 
 
 def reject(cmid, bytes private_data) -> None:

@@ -132,6 +132,16 @@ cdef extern from "<rdma/rdma_cma.h>" nogil:
         int event
         int status
 
+    struct rdma_conn_param:
+        const void *private_data
+        uint8_t private_data_len
+        uint8_t responder_resources
+        uint8_t initiator_depth
+        uint8_t retry_count
+        uint8_t rnr_retry_count
+        uint32_t qp_num
+
+    int rdma_connect(rdma_cm_id *id, rdma_conn_param *conn_param)
     int rdma_bind_addr(rdma_cm_id *id, sockaddr *addr)
     int rdma_resolve_addr(rdma_cm_id *id, sockaddr *src, sockaddr *dst, int timeout_ms)
     int rdma_reject(rdma_cm_id *id, const void *private_data, uint8_t length)

@@ -40,7 +40,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_bad_destination.py::test_two_readys_in_a_row",
     "rdma/test_rdma_bad_destination.py::test_blocks_that_differ",
     "rdma/test_rdma_bad_destination.py::test_cancel_from_another_thread_ends_every_wait[connected]",
-    "rdma/test_rdma_bad_source.py::test_other_version_is_rejected_with_a_reason[2]",
+    "rdma/test_rdma_bad_source.py::test_other_version_is_rejected_with_a_reason_and_waiting_goes_on[2]",
     "rdma/test_rdma_bad_source.py::test_second_client_is_rejected_while_one_is_served",
     "rdma/test_rdma_bad_source.py::test_source_that_disconnects_at_any_step[RAM handed over]",
     "rdma/test_rdma_return_path.py::test_last_word_comes_when_the_snapshot_is_on_disk",
@@ -77,6 +77,9 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_stream.py::test_messages_that_end_at_fields_or_within_them[1]",
     "rdma/test_rdma_stream.py::test_shared_block_stays_where_it_is",
     "rdma/test_rdma_stream.py::test_other_live_sections_are_refused_by_name[between rounds]",
+    "rdma/test_rdma_signals.py::test_incoming[in the last phase-15]",
+    "rdma/test_rdma_signals.py::test_outgoing[all received-2]",
+    "rdma/test_rdma_siw.py::test_signal_while_tcp_connects[15]",
     "rdma/test_rdma_siw.py::test_whole_migration[pin-all]",
 )
 

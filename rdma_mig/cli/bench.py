@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -130,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MigrationError: it failed; the exit status is the error's.
     """
+    from rdma_mig.cli.signals import cancelled_by_signals
     from rdma_mig.errors import UsageError
     from rdma_mig.waits import Cancel
 
@@ -139,16 +139,8 @@ def run(args: argparse.Namespace) -> int:
             remedy="rdma-migrate bench --serve there, rdma-migrate bench HOST here",
         )
     plan = _plan(args)
-    with Cancel() as cancel:
-        previous = {
-            number: signal.signal(number, lambda *_: cancel.request())
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            return _serve(args, cancel) if args.host is None else _measure(args, plan, cancel)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    with Cancel() as cancel, cancelled_by_signals(cancel.request):
+        return _serve(args, cancel) if args.host is None else _measure(args, plan, cancel)
 
 
 def _plan(args: argparse.Namespace) -> Plan:

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         MigrationError: it failed; nothing is left of TARGET.
     """
     from rdma_mig.cli.reporting import Reporter, drive
+    from rdma_mig.cli.signals import cancelled_by_signals
     from rdma_mig.errors import UsageError
     from rdma_mig.migration.channels import start_incoming, start_outgoing
     from rdma_mig.migration.receive import SnapshotDestination
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target.exists():
         raise UsageError(f"{args.target} exists", remedy="name what does not exist yet")
     reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=False)
-    with Migration(reporter) as migration:
+    with Migration(reporter) as migration, cancelled_by_signals(migration.cancel):
         if args.source.is_dir():
             with Snapshot.open(args.source) as snapshot:
                 source = SnapshotSource(snapshot)

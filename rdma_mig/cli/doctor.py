@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -67,13 +66,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, and tell; exit status 3 where something blocks."""
+    from rdma_mig.cli.signals import cancelled_by_signals, interrupted_by_signals
     from rdma_mig.errors import ExitStatus
     from rdma_mig.host.doctor import examine
     from rdma_mig.host.findings import Level, worst
     from rdma_mig.waits import Cancel
 
     def look() -> Report:
-        return examine(ram=args.ram, device=args.rdma_device, qmp=args.qmp)
+        with interrupted_by_signals():  # a QEMU may take its time to answer
+            return examine(ram=args.ram, device=args.rdma_device, qmp=args.qmp)
 
     ours: Report
     theirs: Report | None = None
@@ -81,16 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if args.peer is None and args.serve is None:
         ours = look()
     else:
-        with Cancel() as cancel:
-            previous = {
-                number: signal.signal(number, lambda *_: cancel.request())
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-            try:
-                ours, theirs, path = _both(args, look, cancel)
-            finally:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
+        with Cancel() as cancel, cancelled_by_signals(cancel.request):
+            ours, theirs, path = _both(args, look, cancel)
     if args.json:
         print(json.dumps(_as_json(ours, theirs, path), indent=2))
     else:

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         MigrationError: it failed; the exit status is the error's.
     """
     from rdma_mig.cli.reporting import Reporter, drive, tracing_to
+    from rdma_mig.cli.signals import cancelled_by_signals
     from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.receive import SnapshotDestination
     from rdma_mig.migration.state import Migration
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     with (
         tracing_to(args.trace, "incoming", reporter) as trace,
         Migration(reporter, trace) as migration,
+        cancelled_by_signals(migration.cancel),
     ):
 
         def start() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rdma_mig.cli import bench, clean, convert, doctor, incoming, inspect, outgoing, recover
+from rdma_mig.cli.signals import interrupted_by_signals
 from rdma_mig.errors import ExitStatus, MigrationError
 
 __all__ = ["main"]
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complete(parser)
     try:
         args = parser.parse_args(argv)
-        return int(args.run(args))
+        with interrupted_by_signals():
+            return int(args.run(args))
     except MigrationError as error:
         if os.environ.get("RDMA_MIG_DEBUG"):
             traceback.print_exc()

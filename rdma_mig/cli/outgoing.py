@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         MigrationError: it failed; the exit status is the error's.
     """
     from rdma_mig.cli.reporting import Reporter, drive, tracing_to
+    from rdma_mig.cli.signals import cancelled_by_signals
     from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.state import Migration
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         Snapshot.open(args.directory) as snapshot,
         tracing_to(args.trace, "outgoing", reporter) as trace,
         Migration(reporter, trace) as migration,
+        cancelled_by_signals(migration.cancel),
     ):
         if before := snapshot.restorations():
             reporter.warn(

@@ -6,11 +6,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, TextIO
 
 from rdma_mig.errors import MigrationError, UsageError
@@ -199,10 +197,10 @@ def tracing_to(path: str | None, role: str, reporter: Reporter) -> Iterator[Trac
 
 
 def drive(migration: Migration, reporter: Reporter, start: Callable[[], object]) -> int:
-    """Run a migration to its end; SIGINT and SIGTERM cancel it.
+    """Run a migration to its end.
 
     Args:
-        migration: cancelled by the signals.
+        migration: may be cancelled meanwhile.
         reporter: told of a failure.
         start: does what precedes the wait, in this thread.
 
@@ -212,13 +210,6 @@ def drive(migration: Migration, reporter: Reporter, start: Callable[[], object])
     Raises:
         MigrationError: why it failed.
     """
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        migration.cancel()
-
-    previous = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
     try:
         start()
         # In steps, so that a signal's handler runs soon whatever the platform's join() does.
@@ -227,7 +218,4 @@ def drive(migration: Migration, reporter: Reporter, start: Callable[[], object])
     except MigrationError as error:
         reporter.failed(error)
         raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return 0

@@ -298,19 +298,16 @@ class SnapshotWriter:
 
         Args: as those of `commit`.
         """
-        if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
-            raise RuntimeError("before the config and all RAM blocks were written")
-        manifest = Manifest(
-            machine=machine,
-            ram_section_id=ram_section_id,
-            footers=footers,
-            page_bits=page_bits,
-            blocks=tuple(self._records[index] for index in range(len(self._blocks))),
-            config=self._config,
-            device_state=FileRecord(1, hashlib.sha256(b"\0").hexdigest()),  # not known yet
+        manifest = self._make_manifest(
+            machine,
+            ram_section_id,
+            footers,
+            page_bits,
+            shared,
+            # Not known yet.
+            device_state=FileRecord(1, hashlib.sha256(b"\0").hexdigest()),
             eof_offset=1,
             description=None,
-            shared=tuple(shared),
         )
         # Under another name first: it is there whole or not at all.
         new = f"{WRITTEN}.new"
@@ -326,6 +323,33 @@ class SnapshotWriter:
             os.rename(new, WRITTEN, src_dir_fd=self._dir, dst_dir_fd=self._dir)
             _fs.fsync_dir(RAM, self._dir)
             os.fsync(self._dir)
+
+    def _make_manifest(
+        self,
+        machine: str,
+        ram_section_id: int,
+        footers: bool,
+        page_bits: int,
+        shared: Sequence[SharedBlock],
+        *,
+        device_state: FileRecord,
+        eof_offset: int,
+        description: FileRecord | None,
+    ) -> Manifest:
+        if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
+            raise RuntimeError("before the config and all RAM blocks were written")
+        return Manifest(
+            machine=machine,
+            ram_section_id=ram_section_id,
+            footers=footers,
+            page_bits=page_bits,
+            blocks=tuple(self._records[index] for index in range(len(self._blocks))),
+            config=self._config,
+            device_state=device_state,
+            eof_offset=eof_offset,
+            description=description,
+            shared=tuple(shared),
+        )
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -360,19 +384,15 @@ class SnapshotWriter:
                 nothing is deleted: it is kept as ``DIR.incomplete``, which the message says.
         """
         self.keep_on_failure = keep_on_failure
-        if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
-            raise RuntimeError("commit before the config and all RAM blocks were written")
-        manifest = Manifest(
-            machine=machine,
-            ram_section_id=ram_section_id,
-            footers=footers,
-            page_bits=page_bits,
-            blocks=tuple(self._records[index] for index in range(len(self._blocks))),
-            config=self._config,
+        manifest = self._make_manifest(
+            machine,
+            ram_section_id,
+            footers,
+            page_bits,
+            shared,
             device_state=FileRecord(self._state_size, self._state_hash.hexdigest()),
             eof_offset=eof_offset,
             description=self._description,
-            shared=tuple(shared),
         )
         try:
             self._finish(manifest)

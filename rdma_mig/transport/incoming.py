@@ -61,7 +61,7 @@ class IncomingListener:
         cancel: ends every wait.
         options: sizes and limits of the connection.
         guard: says of a client's numeric host why it is not served; None to serve everybody.
-        refused: told of a client, and why, that came over another device than was asked for.
+        refused: told of a client that was not served, and why; the guard tells of its own.
 
     Attributes:
         address: as bound.
@@ -89,10 +89,10 @@ class IncomingListener:
         A source opens that right after the first connection and before it sends any byte of the
         stream (docs/protocol.md, return path). So the door is open until the first byte comes, to
         the source's address only; where the source is one of ours, also to its nonce only.
+        A client that speaks another version is told so and turned away.
 
         Raises:
-            RemoteProtocolError: it speaks another version; it was told so.
-            PeerGone, MigrationTimeout, MigrationCancelled: no connection came about.
+            HostError, MigrationTimeout, MigrationCancelled: no connection came about.
         """
         asked: list[PrivateData] = []
 

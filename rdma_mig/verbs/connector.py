@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGone
 from rdma_mig.verbs import addresses
@@ -20,6 +23,7 @@ from rdma_mig.verbs.events import (
     Event,
     EventChannel,
     event_error,
+    no_answer,
     nobody_listens,
 )
 from rdma_mig.verbs.loading import load
@@ -53,27 +57,20 @@ def connect(
         MigrationTimeout, MigrationCancelled: it took too long.
     """
     deadline = Deadline.after(options.connect_seconds)
-    events = EventChannel(options.trace)
-    try:
-        choice = Choice.of(options.device, options.gid_index)
-        found = addresses.resolve(host, port, cancel, deadline)
-        ways = list(_ways(found, choice))
-        failures: list[MigrationError] = []
-        for number, (candidate, source) in enumerate(ways):
-            # What does not answer may not use up the time of those behind it.
-            limit = Deadline.after((deadline.remaining or 0) / (len(ways) - number))
-            try:
-                if isinstance(source, HostError):
-                    raise source
-                return _connect_to(
-                    candidate, source, choice, events, private_data, cancel, options, limit
-                )
-            except (HostError, PeerGone, MigrationTimeout) as error:
-                failures.append(_with_advice(error, candidate))
-        raise _all_failed(host, failures, choice)
-    except BaseException:
-        events.close()
-        raise
+    choice = Choice.of(options.device, options.gid_index)
+    found = addresses.resolve(host, port, cancel, deadline)
+    ways = list(_ways(found, choice))
+    failures: list[MigrationError] = []
+    for number, (candidate, source) in enumerate(ways):
+        # What does not answer may not use up the time of those behind it.
+        limit = Deadline.after((deadline.remaining or 0) / (len(ways) - number))
+        try:
+            if isinstance(source, HostError):
+                raise source
+            return _connect_to(candidate, source, choice, private_data, cancel, options, limit)
+        except (HostError, PeerGone, MigrationTimeout) as error:
+            failures.append(_with_advice(error, candidate))
+    raise _all_failed(host, failures, choice)
 
 
 _Source = addresses.SockAddr | HostError | None
@@ -119,74 +116,129 @@ def _connect_to(
     candidate: addresses.SockAddr,
     source: addresses.SockAddr | None,
     choice: Choice,
-    events: EventChannel,
     private_data: bytes,
     cancel: Cancel,
     options: EndpointOptions,
     deadline: Deadline,
 ) -> Endpoint:
-    from pyverbs.cmid import CMID, ConnParam
+    from pyverbs.cmid import CMID
 
     verbs = load()
     packed = addresses.pack(candidate)
     peer = addresses.describe(packed)
-    cmid = CMID(creator=events.raw)
-    number = verbs.identifier(cmid)
-    endpoint: Endpoint | None = None
+    with contextlib.ExitStack() as undo:
+        events = EventChannel(options.trace)
+        undo.callback(events.close)
+        cmid = CMID(creator=events.raw)
+        undo.callback(cmid.close)
 
-    def expect(wanted: int, doing: str) -> Event:
-        event = events.next(doing, peer, deadline, cancel, about=cmid)
-        if event.type != wanted:
-            raise event_error(event, doing, peer)
-        return event
+        def expect(wanted: int, doing: str) -> Event:
+            event = events.next(doing, peer, deadline, cancel, about=cmid)
+            if event.type != wanted:
+                raise event_error(event, doing, peer)
+            return event
 
-    def milliseconds() -> int:
-        return max(1, int((deadline.remaining or 0) * 1000))
+        def milliseconds() -> int:
+            return max(1, int((deadline.remaining or 0) * 1000))
 
-    try:
         try:
-            ours = None if source is None else addresses.pack(source)
-            verbs.resolve_address(cmid, ours, packed, milliseconds())
-        except OSError as error:
-            raise event_error(
-                Event(ADDR_ERROR, -(error.errno or 0), 0, b""), "resolving", peer
-            ) from error
-        expect(ADDR_RESOLVED, "resolving the address")
-        choice.check_source(cmid, peer)
-        cmid.resolve_route(milliseconds())
-        expect(ROUTE_RESOLVED, "resolving the route")
-        endpoint = Endpoint(cmid, events, cancel, options)
-        parameters = ConnParam(
-            resources=endpoint.read_depth,
-            depth=endpoint.read_depth,
-            retry=_RETRY,
-            rnr_retry=RNR_RETRY_FOREVER,
-            qp_num=endpoint.qp_number,
-            data_len=len(private_data),
-        )
-        parameters.set_private_data(private_data)
-        cmid.connect(parameters)
-        # An iWARP provider completes the handshake by itself.
-        event = expect(ESTABLISHED if endpoint.iwarp else CONNECT_RESPONSE, "connecting")
-        endpoint.private_data = event.private_data
-        endpoint.peer = peer
-        choice.check_path(cmid, peer)
-        try:
-            endpoint.ready_to_receive()
-            if not endpoint.iwarp:
-                cmid.establish()
+            try:
+                ours = None if source is None else addresses.pack(source)
+                verbs.resolve_address(cmid, ours, packed, milliseconds())
+            except OSError as error:
+                raise event_error(
+                    Event(ADDR_ERROR, -(error.errno or 0), 0, b""), "resolving", peer
+                ) from error
+            expect(ADDR_RESOLVED, "resolving the address")
+            choice.check_source(cmid, peer)
+            cmid.resolve_route(milliseconds())
+            expect(ROUTE_RESOLVED, "resolving the route")
+            endpoint = Endpoint(cmid, events, cancel, options)
+            undo.callback(endpoint.close)
+            request = functools.partial(
+                verbs.connect,
+                cmid,
+                private_data,
+                qp_number=endpoint.qp_number,
+                read_depth=endpoint.read_depth,
+                retry=_RETRY,
+                rnr_retry=RNR_RETRY_FOREVER,
+            )
+            if endpoint.iwarp:
+                _wait_aside(request, undo, "connecting", peer, cancel, deadline)
+            else:
+                request()
+            # An iWARP provider completes the handshake by itself.
+            event = expect(ESTABLISHED if endpoint.iwarp else CONNECT_RESPONSE, "connecting")
+            endpoint.private_data = event.private_data
+            endpoint.peer = peer
+            choice.check_path(cmid, peer)
+            try:
+                endpoint.ready_to_receive()
+                if not endpoint.iwarp:
+                    cmid.establish()
+            except (OSError, events._error) as error:
+                raise PeerGone(f"{peer} accepted the connection and ended it again") from error
+            endpoint.established()
+            events.watch(endpoint)
+            endpoint.owns_events()
+            undo.pop_all()
+            return endpoint
         except (OSError, events._error) as error:
-            raise PeerGone(f"{peer} accepted the connection and ended it again") from error
-        endpoint.established()
-        events.watch(endpoint)
-        endpoint.owns_events()
-        return endpoint
-    except (OSError, events._error) as error:
-        if getattr(error, "error_code", None) == errno.ECONNREFUSED:
-            # iWARP: TCP connects within the call.
-            raise nobody_listens(peer) from error
-        raise HostError(f"connecting to {peer} failed: {error}") from error
-    finally:
-        if endpoint is None or not endpoint.is_connected:
-            (endpoint or cmid).close()
-            events.drop(number)
+            if getattr(error, "errno", None) == errno.ECONNREFUSED:
+                # iWARP: TCP connects within the call.
+                raise nobody_listens(peer) from error
+            raise HostError(f"connecting to {peer} failed: {error}") from error
+
+
+def _wait_aside(
+    call: Callable[[], None],
+    undo: contextlib.ExitStack,
+    doing: str,
+    peer: str,
+    cancel: Cancel,
+    deadline: Deadline,
+) -> None:
+    """Make a call that waits in the kernel and takes neither a limit nor a cancellation.
+
+    It is made in a thread of its own. Where that has to be left behind, what the call works on is
+    given back when the kernel is through with it: TCP gives up after some two minutes, and at once
+    when the process ends.
+
+    Args:
+        call: it may raise OSError.
+        undo: gives back what it works on; empty when this has raised for want of an answer.
+        doing, peer: for messages.
+        cancel, deadline: limit of the wait.
+
+    Raises:
+        MigrationTimeout, MigrationCancelled: it was left behind.
+        OSError: as the call.
+    """
+    failure: list[OSError] = []
+
+    def work() -> None:
+        try:
+            call()
+        except OSError as error:
+            failure.append(error)
+
+    worker = threading.Thread(target=work, name="rdma-mig-connect", daemon=True)
+    worker.start()
+    try:
+        while worker.is_alive():
+            worker.join(0.05)
+            cancel.check(doing)
+            if deadline.passed and worker.is_alive():
+                raise no_answer(doing, peer, deadline)
+    except BaseException:
+        rest = undo.pop_all()
+
+        def give_back() -> None:
+            worker.join()
+            rest.close()
+
+        threading.Thread(target=give_back, name="rdma-mig-connect-end", daemon=True).start()
+        raise
+    if failure:
+        raise failure[0]

@@ -20,7 +20,7 @@ from rdma_mig.waits import Cancel, Deadline
 if TYPE_CHECKING:
     from rdma_mig.tracing import Trace
 
-__all__ = ["Event", "EventChannel", "event_error", "nobody_listens"]
+__all__ = ["Event", "EventChannel", "event_error", "no_answer", "nobody_listens"]
 
 # enum rdma_cm_event_type (rdma_cma.h).
 ADDR_RESOLVED = 0
@@ -119,10 +119,6 @@ class EventChannel:
     def listen_on(self, cmid: Any) -> None:
         """Connection requests to this CMID become events with a CMID of their own."""
         self._listener = cmid
-
-    def drop(self, identifier: int) -> None:
-        """That CMID is closed: forget what was heard of it, since its number may come again."""
-        self._queue = [event for event in self._queue if event.identifier != identifier]
 
     def _read(self) -> Event | None:
         """Take one event off the channel; None when there is none."""
@@ -237,11 +233,7 @@ class EventChannel:
             if self._queue:
                 break
             if deadline.passed:
-                raise MigrationTimeout(
-                    f"no answer within {deadline.seconds:.0f} s while {doing} ({peer})",
-                    remedy="check that the other host is up and its RDMA device is active "
-                    "(ibv_devinfo, rping)",
-                )
+                raise no_answer(doing, peer, deadline)
             self.wait(deadline, cancel)
         return self._queue.pop(0)
 
@@ -252,6 +244,14 @@ class EventChannel:
                 self.turn_away(event.request)
         self._queue.clear()
         self.raw.close()
+
+
+def no_answer(doing: str, peer: str, deadline: Deadline) -> MigrationTimeout:
+    """The peer has let the limit pass."""
+    return MigrationTimeout(
+        f"no answer within {deadline.seconds:.0f} s while {doing} ({peer})",
+        remedy="check that the other host is up and its RDMA device is active (ibv_devinfo, rping)",
+    )
 
 
 def nobody_listens(peer: str) -> PeerGone:

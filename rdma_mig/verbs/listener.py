@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rdma_mig.closing import Closing
-from rdma_mig.errors import HostError, MigrationError, RemoteProtocolError
+from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, RemoteProtocolError
 from rdma_mig.verbs import addresses
 from rdma_mig.verbs.choice import Choice
 from rdma_mig.verbs.endpoint import RNR_RETRY_FOREVER, Endpoint, EndpointOptions
@@ -28,7 +28,10 @@ from rdma_mig.waits import Cancel, Deadline
 __all__ = ["Answer", "Listener"]
 
 Answer = Callable[[bytes, str], bytes]
-"""Private data and address of a client to the private data of the reply; raises to reject it."""
+"""Private data and address of a client to the private data of the reply.
+
+A RemoteProtocolError that it raises rejects the client, its text being the reason.
+"""
 
 # Bytes of a reject's private data that we use, its end a NUL (InfiniBand specification, 12.6.7).
 _REASON_MAX = 147
@@ -43,7 +46,7 @@ class Listener(Closing):
         options: for the connections.
         guard: given the numeric host of a client, returns why it is not served, or an empty text;
             asked before anything is made for the client. None: everybody is served.
-        refused: told of a client, and why, that came over another device or GID than asked for.
+        refused: told of a client that was not served, and why; the guard tells of its own.
 
     Attributes:
         address: (host, port) as bound.
@@ -110,10 +113,12 @@ class Listener(Closing):
     ) -> Endpoint:
         """Wait for a client and accept it.
 
+        What a client does wrong up to then is its own affair: whoever reaches this host may call
+        here by mistake, or to do harm, while the source is still to come. So it is turned away, and
+        the wait goes on.
+
         Args:
-            answer: given the private data of the request and the client's address, returns the
-                private data of the reply; a MigrationError it raises rejects the client, its text
-                being the reason.
+            answer: what the client is told.
             deadline: limit of the wait for a client; the handshake has its own.
             one_more: answers a second request in the same way, which then becomes ``second``. It is
                 asked only about clients from the address that the first one came from, and until
@@ -142,7 +147,7 @@ class Listener(Closing):
                 return endpoint
 
     def _serve(self, event: Event, answer: Answer, one_more: Answer | None) -> Endpoint | None:
-        """Accept one client; None when it has gone meanwhile, and the next one may be taken."""
+        """Accept one client; None when it was not served or has gone, and the next may be taken."""
         request = event.request
         raw = self._verbs.peer_address(request)
         peer = addresses.describe(raw)
@@ -151,10 +156,10 @@ class Listener(Closing):
             return None
         try:
             reply = answer(event.private_data, peer)
-        except MigrationError as error:
+        except RemoteProtocolError as error:
             self._reject(request, error)
-            error.message = f"{peer} was rejected: {error.message}"
-            raise
+            self._tell(peer, str(error))
+            return None
         endpoint = self._begin(event, reply)
         if endpoint is None:
             return None
@@ -171,12 +176,20 @@ class Listener(Closing):
                 return endpoint
             endpoint.close()
             return None
+        except MigrationTimeout:
+            endpoint.close()
+            self._tell(peer, f"it was accepted and did not confirm that within {limit.seconds:g} s")
+            return None
         except self.events._error:
             endpoint.close()
             return None
         except BaseException:
             endpoint.close()
             raise
+
+    def _tell(self, peer: str, reason: str) -> None:
+        if self._refused is not None:
+            self._refused(peer, reason)
 
     def _why_not(self, request: Any, raw: bytes) -> str:
         """Return why a client is not served; nothing when it is."""
@@ -187,8 +200,8 @@ class Listener(Closing):
             reason = self._choice.why_not(request)
         except OSError:
             return "gone meanwhile"
-        if reason and self._refused is not None:
-            self._refused(addresses.describe(raw), reason)
+        if reason:
+            self._tell(addresses.describe(raw), reason)
         return reason
 
     def _begin(self, event: Event, reply: bytes) -> Endpoint | None:
@@ -228,7 +241,7 @@ class Listener(Closing):
             if addresses.host_of(raw) != addresses.host_of(self._verbs.peer_address(first.cmid)):
                 raise RemoteProtocolError("a migration from another host is under way")
             reply = answer(event.private_data, addresses.describe(raw))
-        except MigrationError as error:
+        except RemoteProtocolError as error:
             self._reject(event.request, error)
             return
         endpoint: Endpoint | None = None

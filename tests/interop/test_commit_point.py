@@ -7,12 +7,15 @@ On which side of it
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,19 @@ import pytest
 from harness import Guest, Qemu, differences, free_port, read_blocks, snapshot_blocks
 from support import (
     RDMA_MIGRATE,
+    Command,
     Incoming,
+    Snapshot,
     assert_survives,
     outgoing,
     patience,
     prompt,
     rdma_uri,
+    same_snapshot,
     wait_for,
 )
+
+from rdma_mig import _pages
 
 pytestmark = [pytest.mark.rdma, pytest.mark.qemu]
 
@@ -42,15 +50,26 @@ def records(trace: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in trace.read_text().splitlines()]
 
 
-def stopped_at(match: dict[str, str], source: Qemu, kept: Path, sync: str, **more: Any) -> Incoming:
+def from_qemu(source: Qemu) -> Callable[[str], None]:
+    """How a migration out of this QEMU is begun."""
+
+    def begin(uri: str) -> None:
+        source.set_parameter("max-bandwidth", 0)
+        source.migrate(uri)
+
+    return begin
+
+
+def stopped_at(
+    match: dict[str, str], begin: Callable[[str], None], kept: Path, sync: str, **more: Any
+) -> Incoming:
     """An incoming that stands right behind this record of its trace, in a migration."""
     script = Path(harness.__file__).with_name("stopping.py")
     trace = kept.parent / "trace"
     prefix = [*more.pop("prefix", ()), sys.executable, script, json.dumps(match)]
     incoming = Incoming(kept, "--sync", sync, "--trace", str(trace), prefix=prefix, **more)
     try:
-        source.set_parameter("max-bandwidth", 0)
-        source.migrate(incoming.uri)
+        begin(incoming.uri)
         status = Path(f"/proc/{incoming.process.pid}/stat")
         wait_for("its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", 60)
     except BaseException:
@@ -76,7 +95,7 @@ def test_killed_just_before_it_the_guest_runs_again_by_itself(
     source: Qemu, tmp_path: Path, sync: str
 ):
     kept = tmp_path / "kept"
-    with stopped_at(BEFORE, source, kept, sync) as incoming:
+    with stopped_at(BEFORE, from_qemu(source), kept, sync) as incoming:
         # Its monitor answers nothing now: it waits for the READY with its big lock held.
         began = kill(incoming)
         source.wait_status("running")
@@ -103,7 +122,7 @@ def test_killed_when_the_source_has_let_go(tmp_path: Path, sync: str):
     with Qemu(**machine, name="source") as source:
         source.set_capability("rdma-pin-all")
         source.wait_heartbeat(2)
-        with stopped_at(LEFT, source, kept, sync) as incoming:
+        with stopped_at(LEFT, from_qemu(source), kept, sync) as incoming:
             kill(incoming)
         assert source.wait_status("postmigrate") == "postmigrate"
         partial = tmp_path / f"kept.partial-{incoming.process.pid}"
@@ -138,7 +157,7 @@ def test_killed_just_behind_it_one_end_has_the_machine(tmp_path: Path):
     with Qemu(machine="q35", guest=Guest.dirtying(4), timeout=patience(60)) as source:
         source.set_capability("rdma-pin-all")
         source.wait_heartbeat(2)
-        with stopped_at(PASSED, source, tmp_path / "kept", "before") as incoming:
+        with stopped_at(PASSED, from_qemu(source), tmp_path / "kept", "before") as incoming:
             began = kill(incoming)
             source.wait_status("running")
             assert time.monotonic() - began < prompt()
@@ -148,6 +167,50 @@ def test_killed_just_behind_it_one_end_has_the_machine(tmp_path: Path):
     assert line.returncode == 1
     assert "has all RAM and lacks device state" in line.stderr
     assert "if it does not run already" in line.stderr
+
+
+@pytest.mark.parametrize("state", ["before", "passed"])
+def test_killed_at_the_word_on_the_return_path(tmp_path: Path, state: str):
+    """The snapshot is whole by then, and the source has let go if it has heard the word."""
+    kept = tmp_path / "kept"
+    with Qemu(machine="q35", guest=Guest.dirtying(4), timeout=patience(60)) as source:
+        source.set_capability("rdma-pin-all")
+        source.set_capability("postcopy-ram")
+        source.wait_heartbeat(2)
+        match = {"kind": "commit", "by": "SHUT", "state": state}
+        with stopped_at(match, from_qemu(source), kept, "after") as incoming:
+            began = kill(incoming)
+        if state == "before":
+            source.wait_status("running")
+            assert time.monotonic() - began < prompt()
+            assert_survives(source)
+        else:
+            assert source.wait_status("postmigrate") == "postmigrate"
+            assert differences(read_blocks(source), snapshot_blocks(kept)) == []
+    assert set(tmp_path.iterdir()) == {kept, tmp_path / "trace"}
+    found = rdma_migrate("inspect", "--verify", kept)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("state", ["before", "passed"])
+def test_killed_at_the_final_acknowledgement(snapshot: Snapshot, tmp_path: Path, state: str):
+    """Between our own ends: both snapshots are whole, and the source says which one it knows of."""
+    kept = tmp_path / "kept"
+    match = {"kind": "commit", "by": "FINAL_ACK", "state": state}
+    sources: list[Command] = []
+    with contextlib.ExitStack() as stack:
+
+        def begin(uri: str) -> None:
+            sources.append(stack.enter_context(outgoing(snapshot.directory, uri)))
+
+        with stopped_at(match, begin, kept, "after") as incoming:
+            kill(incoming)
+        (source,) = sources
+        if state == "before":
+            assert f"the snapshot in {snapshot.directory} is unchanged" in source.fail(1)
+        else:
+            source.succeed()
+    assert same_snapshot(snapshot.directory, kept) == ""
 
 
 def fill(path: Path) -> None:
@@ -162,7 +225,7 @@ def test_disk_that_others_fill_behind_it_holds_what_was_set_aside(source: Qemu, 
     small.mkdir()
     script = f'mount -t tmpfs -o size=160m tmpfs {small} && exec "$@"'
     mounted = ["unshare", "-m", "sh", "-c", script, "sh"]
-    with stopped_at(BEFORE, source, small / "kept", "after", prefix=mounted) as incoming:
+    with stopped_at(BEFORE, from_qemu(source), small / "kept", "after", prefix=mounted) as incoming:
         beside = Path(f"/proc/{incoming.process.pid}/root{small}")
         with pytest.raises(OSError, match="No space left"):
             fill(beside / "filler")
@@ -171,3 +234,52 @@ def test_disk_that_others_fill_behind_it_holds_what_was_set_aside(source: Qemu, 
         assert incoming.succeed().event("completed")["nonzero_bytes"] > 36 << 20
         assert source.wait_status("postmigrate") == "postmigrate"
         source.cont()
+
+
+@pytest.fixture
+def reserving_nothing(tmp_path: Path) -> Iterator[Path]:
+    """A small disk whose file system cannot set space aside: ext4 without extents."""
+    image, mounted = tmp_path / "image", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(200 << 20)
+    mounted.mkdir()
+    without = ["-O", "^extent,^64bit,^has_journal"]
+    for command in (
+        ["mkfs.ext4", "-q", "-m", "0", *without, str(image)],
+        ["mount", "-t", "ext4", "-o", "loop", str(image), str(mounted)],
+    ):
+        subprocess.run(command, check=True, capture_output=True, timeout=patience(30))
+    try:
+        with (mounted / "tried").open("wb") as file:
+            assert _pages.reserve_space(file.fileno(), 0, 4096) == -errno.EOPNOTSUPP
+        yield mounted
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True, timeout=patience(30))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("sync", ["before", "after"])
+def test_disk_that_sets_nothing_aside_and_is_full_behind_it(
+    source: Qemu, reserving_nothing: Path, sync: str
+):
+    """What was written stays, and the line says where, and that the source has the machine."""
+    disk = reserving_nothing
+    with stopped_at(BEFORE, from_qemu(source), disk / "kept", sync) as incoming:
+        with pytest.raises(OSError, match="No space left"):
+            fill(disk / "filler")
+        incoming.signal(signal.SIGCONT)
+        line = incoming.fail(1)
+        # It has got all, or it failed while it sent its device state, and its guest goes on.
+        wait_for("its end", lambda: source.status() in ("postmigrate", "running"), patience(20))
+        if source.status() == "postmigrate":
+            source.cont()
+        source.wait_heartbeat(2)
+    kept = disk / "kept.incomplete"
+    assert "No space left on device" in line
+    assert f"kept in {kept}" in line
+    assert "`cont` there resumes it" in line
+    assert not (disk / "kept").exists()
+    found = rdma_migrate("recover", kept)
+    assert found.returncode == 1
+    wanted = "lacks device state" if sync == "before" else "lacks RAM"
+    assert wanted in found.stderr

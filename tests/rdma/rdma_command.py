@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,30 @@ def failed(result: subprocess.CompletedProcess[str], status: int) -> str:
     lines = [line for line in lines if not line.startswith("rdma-migrate: warning:")]
     assert len(lines) == 1, told
     return lines[0]
+
+
+@contextlib.contextmanager
+def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """Start it; what it says is for interrupted() to read."""
+    process = subprocess.Popen(
+        [COMMAND, *map(str, arguments)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def interrupted(process: subprocess.Popen[str], number: int) -> str:
+    """Send it a signal; return the one line that it ends in, with status 5 and in two seconds."""
+    began = time.monotonic()
+    process.send_signal(number)
+    output, told = process.communicate(timeout=kit.patience(30))
+    took = time.monotonic() - began
+    assert took < kit.patience(2), f"it took {took:.2f} s"
+    return failed(subprocess.CompletedProcess([], process.returncode, output, told), 5)
 
 
 class Incoming:

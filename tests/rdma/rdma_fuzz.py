@@ -25,7 +25,7 @@ import rdma_kit as kit  # noqa: E402
 import rdma_soak as soak  # noqa: E402
 import snapshot_kit  # noqa: E402
 
-from rdma_mig.errors import MigrationError  # noqa: E402
+from rdma_mig.errors import MigrationError, PeerGone  # noqa: E402
 from rdma_mig.snapshot import Snapshot  # noqa: E402
 from rdma_mig.wire.control import (  # noqa: E402
     ControlMessage,
@@ -177,7 +177,13 @@ def _against_incoming(choice: random.Random, room: Path) -> tuple[str, Migration
             contextlib.suppress(MigrationError, AssertionError, OSError),
             contextlib.ExitStack() as connections,
         ):
-            peer = connections.enter_context(kit.dial(end.uri, private_data))
+            try:
+                peer = connections.enter_context(kit.dial(end.uri, private_data))
+            except PeerGone:
+                # It was turned away, and waiting goes on.
+                done.append("other private data at first")
+                private_data = kit.PLAIN
+                peer = connections.enter_context(kit.dial(end.uri, private_data))
             changed = Changed(peer, choice, choice.randrange(14), done)
             head = kit.HEAD
             if private_data == soak.DYNAMIC:

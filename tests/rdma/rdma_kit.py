@@ -14,6 +14,7 @@ import ipaddress
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -44,8 +45,10 @@ from rdma_mig.migration.send import SnapshotSource
 from rdma_mig.migration.state import Migration
 from rdma_mig.snapshot import Snapshot
 from rdma_mig.tracing import Trace
+from rdma_mig.verbs import addresses
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
+from rdma_mig.verbs.events import ADDR_RESOLVED, CONNECT_RESPONSE, ROUTE_RESOLVED, EventChannel
 from rdma_mig.verbs.listener import Listener
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
@@ -280,6 +283,35 @@ def dial(
             yield peer
         finally:
             peer.close()
+
+
+@contextlib.contextmanager
+def half_open(uri: str) -> Iterator[None]:
+    """A client that was accepted and does not confirm it, as long as this lasts."""
+    from pyverbs.cmid import CMID, ConnParam
+
+    address = RdmaAddress.parse(uri, listening=False)
+    packed = addresses.pack((socket.AF_INET, address.host, address.port))
+    with Cancel() as cancel, contextlib.ExitStack() as closing:
+        events = EventChannel()
+        closing.callback(events.close)
+        cmid = CMID(creator=events.raw)
+
+        def awaited(kind: int) -> None:
+            event = events.next("being half open", uri, Deadline.after(patience(5)), cancel)
+            assert event.type == kind
+
+        load().resolve_address(cmid, None, packed, 2000)
+        awaited(ADDR_RESOLVED)
+        cmid.resolve_route(2000)
+        awaited(ROUTE_RESOLVED)
+        endpoint = Endpoint(cmid, events, cancel, EndpointOptions())
+        closing.callback(endpoint.close)
+        asked = ConnParam(qp_num=endpoint.qp_number, data_len=len(PLAIN))
+        asked.set_private_data(PLAIN)
+        cmid.connect(asked)
+        awaited(CONNECT_RESPONSE)
+        yield
 
 
 def dial_and_forget(cancel: Cancel) -> Endpoint:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 import rdma_kit as kit
 
 from rdma_mig.errors import MigrationCancelled, MigrationTimeout, PeerGone, RemoteProtocolError
+from rdma_mig.migration.events import Warned
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.wire.control import (
     ControlMessage,
@@ -43,7 +45,8 @@ def raw(kind: int, payload: bytes = b"", *, length: int | None = None, repeat: i
 # ---- the handshake ----
 
 
-def check_rejected(end, private_data, reason):
+def rejected(end, private_data, reason):
+    """A client that is told why it is not served, which is warned of too."""
     with (
         pytest.raises(PeerGone, match=rf"rejected the connection \(reason 28\): .*{reason}"),
         kit.dial(end.uri, private_data),
@@ -51,21 +54,54 @@ def check_rejected(end, private_data, reason):
         pytest.fail("it was accepted")
 
 
+def served(end, room):
+    """The source that comes afterwards is served as if nobody had been there before."""
+    with kit.dial(end.uri) as peer:
+        kit.until("device state sent", kit.act_as_source(peer))
+        peer.close()
+        end.succeed()
+    assert [entry.name for entry in room.iterdir()] == ["vm"]
+
+
+def warned(end):
+    return [event.message for event in end.events if isinstance(event, Warned)]
+
+
 @pytest.mark.parametrize("version", [0, 2, 0x01000000])
-def test_other_version_is_rejected_with_a_reason(room, version):
+def test_other_version_is_rejected_with_a_reason_and_waiting_goes_on(room, version):
     with kit.incoming(room / "vm") as end:
-        check_rejected(end, struct.pack(">II", version, 1), f"version is {version}")
-        error = end.fail(RemoteProtocolError, f"version is {version}")
-        assert "still the source's" in error.owner
+        rejected(end, struct.pack(">II", version, 1), f"version is {version}")
+        served(end, room)
+    (line,) = warned(end)
+    assert re.match(rf"turned \S+:\d+ away: private data version is {version}, .*; check", line)
+
+
+def test_strangers_end_no_wait_before_its_limit(room):
+    with kit.incoming(room / "vm", accept_seconds=2.0) as end:
+        for private_data in (b"\xff\xff", b"GET / HTTP/1.1\r\n", b"\xff" * 56):
+            rejected(end, private_data, "version is")
+        with pytest.raises(MigrationTimeout, match="waiting for a source"):
+            end.migration.wait(kit.patience(10))
+    assert len(warned(end)) == 3
     assert list(room.iterdir()) == []
 
 
 def test_short_private_data_is_no_version(room):
     # The transport pads to 56 bytes, so a destination sees garbage, not fewer bytes.
     with kit.incoming(room / "vm") as end:
-        check_rejected(end, b"\xff\xff", "version is")
-        with pytest.raises(RemoteProtocolError, match="version is"):
-            end.migration.wait(10)
+        rejected(end, b"\xff\xff", "version is")
+        served(end, room)
+
+
+def test_client_that_does_not_confirm_is_given_up_and_waiting_goes_on(room):
+    options = EndpointOptions(connect_seconds=1.0)
+    with kit.incoming(room / "vm", endpoint=options) as end:
+        with kit.half_open(end.uri):
+            while not warned(end):
+                assert not end.migration.wait(0.1), "it ended"
+        served(end, room)
+    (line,) = warned(end)
+    assert re.fullmatch(r"turned \S+:\d+ away: it was accepted and did not .* within 1 s", line)
 
 
 @pytest.mark.parametrize("flags", [0x7FFFFFFF, 0xFFFFFFFE, 0, FLAG_EXTENSION | FLAG_PIN_ALL])

@@ -46,6 +46,7 @@ def calls(verbs):
         lambda cmid: verbs.bind_address(cmid, b"\2\0" + bytes(14)),
         lambda cmid: verbs.resolve_address(cmid, None, b"\2\0" + bytes(14), 1),
         lambda cmid: verbs.reject(cmid, b""),
+        lambda cmid: verbs.connect(cmid, b"", qp_number=1, read_depth=0, retry=0, rnr_retry=0),
         verbs.local_address,
         verbs.peer_address,
         verbs.device_name,
@@ -205,6 +206,8 @@ def test_addresses_shorter_or_longer_than_their_family(address):
                 verbs.resolve_address(cmid, None, address, 1)
             with pytest.raises(ValueError, match="up to 148 bytes"):
                 verbs.reject(cmid, bytes(300))
+            with pytest.raises(ValueError, match="up to 56 bytes"):
+                verbs.connect(cmid, bytes(57), qp_number=1, read_depth=0, retry=0, rnr_retry=0)
         finally:
             cmid.close()
 

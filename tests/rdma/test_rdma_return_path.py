@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rdma_kit as kit
@@ -18,6 +19,7 @@ from rdma_mig.errors import (
     SnapshotError,
 )
 from rdma_mig.snapshot import Snapshot
+from rdma_mig.verbs.events import EventChannel
 from rdma_mig.wire.control import ControlMessage, ControlType
 from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
 from rdma_mig.wire.return_path import Pong, Shut
@@ -169,15 +171,31 @@ def test_door_is_for_one(room: Path):
         pytest.fail("it was accepted")
 
 
-def test_second_connection_from_elsewhere_is_rejected(room: Path):
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Queue pairs that exist on the device whenever a client is rejected."""
+    counts: list[int] = []
+    turn_away = EventChannel.turn_away
+
+    def count(self: EventChannel, request: Any, reason: bytes = b"") -> None:
+        counts.append(kit.resources()["qp"])
+        turn_away(self, request, reason)
+
+    monkeypatch.setattr(EventChannel, "turn_away", count)
+    return counts
+
+
+def test_second_connection_from_elsewhere_is_rejected(room: Path, made: list[int]):
     with kit.incoming(room / "vm", host="[::]") as end:
         port = end.uri.rpartition(":")[2]
         with kit.dial(f"rdma:{kit.device()[1]}:{port}") as peer:
+            before = kit.resources()["qp"]
             with (
                 pytest.raises(PeerGone, match="from another host is under way"),
                 kit.dial(f"rdma:[{kit.ipv6_address()}]:{port}"),
             ):
                 pytest.fail("it was accepted")
+            assert made == [before + 1], "there was another queue pair than the client's own"
             # It has cost the migration nothing, and the door is still open to its source.
             with kit.dial(f"rdma:{kit.device()[1]}:{port}") as second:
                 send_guest(peer, second)
@@ -186,17 +204,19 @@ def test_second_connection_from_elsewhere_is_rejected(room: Path):
                 end.succeed()
 
 
-def test_second_connection_of_our_own_source_carries_its_nonce(room: Path):
+def test_second_connection_of_our_own_source_carries_its_nonce(room: Path, made: list[int]):
     def asked(nonce: int) -> bytes:
         return PrivateData(1, FLAG_PIN_ALL, Extension(FEATURE_FINAL_ACK, nonce)).encode()
 
     with kit.incoming(room / "vm") as end, kit.dial(end.uri, asked(1)):
+        before = kit.resources()["qp"]
         for other in (asked(2), kit.PLAIN):
             with (
                 pytest.raises(PeerGone, match="another migration is under way"),
                 kit.dial(end.uri, other),
             ):
                 pytest.fail("it was accepted")
+        assert made == [before + 1] * 2
         with kit.dial(end.uri, asked(1)) as second:
             granted = PrivateData.decode(second.endpoint.private_data)
             assert granted.extension == Extension(FEATURE_FINAL_ACK, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -18,16 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rdma_command
 import rdma_kit as kit
 
 from rdma_mig.errors import (
     HostError,
     MigrationCancelled,
     MigrationError,
+    MigrationTimeout,
     PeerGone,
-    RemoteProtocolError,
 )
-from rdma_mig.migration.events import Completed
+from rdma_mig.migration.events import Completed, Warned
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.wire.control import ControlType, RamBlockRecord
 
@@ -120,8 +122,9 @@ def test_rejected_with_a_reason(room, private_data, said):
             kit.dial(end.uri, private_data),
         ):
             pytest.fail("it was accepted")
-        with pytest.raises(RemoteProtocolError, match=said):
-            end.migration.wait(10)
+        assert not end.migration.wait(0.5), "a stranger ended it"
+        (line,) = [event.message for event in end.events if isinstance(event, Warned)]
+        assert said in line
 
 
 def test_private_data_is_not_padded():
@@ -142,6 +145,73 @@ def test_gids_cannot_be_chosen(kept):
     options = EndpointOptions(device=DEVICE, gid_index=0)
     with kit.outgoing(kept, f"rdma:{ADDRESS}:1", endpoint=options) as source:
         source.fail(HostError, "iWARP has no GIDs")
+
+
+# ---- a host that does not answer ----
+
+# TCP connects within one call there, which the kernel gives up after two minutes.
+PORT = 4444
+
+
+@pytest.fixture
+def silent() -> str:
+    """Where nothing comes back from: a neighbour who is known, on an interface that drops all."""
+    host = "10.99.7.9"
+    command(
+        "ip", "neigh", "replace", host, "lladdr", "02:00:00:00:00:09", "dev", INTERFACE,
+        "nud", "permanent",
+    )  # fmt: skip
+    return f"rdma:{host}:{PORT}"
+
+
+@pytest.fixture
+def impatient_tcp() -> Iterator[None]:
+    """Let the kernel give up after some 3 s, and wait for what is given back then."""
+    retries = Path("/proc/sys/net/ipv4/tcp_syn_retries")
+    usual = retries.read_text()
+    before = {**kit.resources(), "ctx": 1}
+    retries.write_text("1")
+    try:
+        yield
+        kit.settle(before)
+    finally:
+        retries.write_text(usual)
+
+
+@pytest.mark.usefixtures("impatient_tcp")
+def test_host_that_does_not_answer_is_given_up_in_time(kept, silent):
+    options = EndpointOptions(connect_seconds=1.0)
+    began = time.monotonic()
+    with kit.outgoing(kept, silent, endpoint=options) as source:
+        source.fail(MigrationTimeout, "no answer within 1 s while connecting")
+        assert time.monotonic() - began < kit.patience(2)
+
+
+@pytest.mark.usefixtures("impatient_tcp")
+def test_cancelled_while_tcp_connects(kept, silent):
+    with kit.outgoing(kept, silent) as source:
+        until_it_connects()
+        began = time.monotonic()
+        source.migration.cancel()
+        source.fail(MigrationCancelled, "cancelled while connecting")
+        assert time.monotonic() - began < kit.patience(0.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_tcp_connects(kept, silent, number):
+    with rdma_command.started("outgoing", kept, silent) as process:
+        until_it_connects()
+        line = rdma_command.interrupted(process, number)
+    assert "cancelled while connecting" in line
+    assert f"the snapshot in {kept} is unchanged" in line
+
+
+def until_it_connects() -> None:
+    end = time.monotonic() + kit.patience(20)
+    # The other end's address and port, and the state SYN_SENT (proc(5), /proc/net/tcp).
+    while f":{PORT:04X} 02 " not in Path("/proc/net/tcp").read_text():
+        assert time.monotonic() < end, "nobody connects"
+        time.sleep(0.02)
 
 
 # ---- cancelled ----
