@@ -20,13 +20,12 @@ from rdma_mig.memory.blocks import RamBlock
 from rdma_mig.memory.dirty import ExplicitMarks
 from rdma_mig.memory.page_stream import PageReader, PageWriter
 from rdma_mig.memory.ram import GuestBlock, GuestRam
+from rdma_mig.migration.engines import Process, Save
 from rdma_mig.migration.handover import DestinationRefused, hand_over
 from rdma_mig.migration.interfaces import (
     API_VERSION,
     DirtyTracker,
     Guest,
-    Process,
-    Save,
     Transport,
 )
 from rdma_mig.migration.live import LiveSource
