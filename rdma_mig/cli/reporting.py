@@ -135,16 +135,19 @@ class Reporter:
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
                 over = f"{event.device}, {pinned}" if event.device else event.transport
-                self._note(f"connected with {event.peer} over {over}")
-                self._note(f"route: {event.route()}")
+                self.note(f"connected with {event.peer} over {over}")
+                self.note(f"route: {event.route()}")
             case Warned():
                 print(f"rdma-migrate: warning: {event.message}", file=sys.stderr, flush=True)
             case Progress() if not self._quiet:
                 self._progress(event)
             case Completed() if not self._quiet:
                 self._summary(event)
+            case _ if not self._quiet and (text := event.text()):
+                self.note(text)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Say something on standard error."""
         print(text, file=sys.stderr, flush=True)
 
     def _progress(self, event: Progress) -> None:
@@ -159,7 +162,7 @@ class Reporter:
             text = f"{text}: {100 * event.done // event.total} % of {_size(event.total)}"
         elif event.total or event.done:
             text = f"{text}: {_size(event.total or event.done)}"
-        self._note(text)
+        self.note(text)
 
     def _summary(self, event: Completed) -> None:
         incoming = event.normal_pages + event.duplicate_pages == 0
