@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rdma_mig.cli.driving import add_driving, add_meeting, events_of, meeting_uri, signalled
-from rdma_mig.errors import UsageError
+from rdma_mig.errors import MigrationError, UsageError
 
 if TYPE_CHECKING:
     from rdma_mig.manager.command import CommandLine
@@ -130,9 +130,13 @@ def run(args: argparse.Namespace) -> int:
         spawned = _spawn(args, snapshot, line, migration.cancellation)
         if spawned is not None:
             stack.enter_context(spawned)
-        _restore(
-            args, snapshot, migration, spawned.qmp if spawned else args.qmp, uri, line, reporter
-        )
+        qmp = spawned.qmp if spawned else args.qmp
+        try:
+            _restore(args, snapshot, migration, qmp, uri, line, reporter)
+        except MigrationError as error:
+            if spawned is not None and (why := spawned.end_of(error)):
+                raise why from error
+            raise
         if spawned is not None:
             spawned.release()
             if not args.quiet:
@@ -161,9 +165,8 @@ def _spawn(
             remedy="start the QEMU by its command: --spawn -- COMMAND...",
         )
     require_trustworthy(snapshot.path)
-    line = recorded.to_run_again()
-    require_free_sockets(line)
-    return SpawnedQemu(line, cancel)
+    require_free_sockets(recorded)
+    return SpawnedQemu(recorded.to_run_again(), cancel)
 
 
 def _restore(

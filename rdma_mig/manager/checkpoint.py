@@ -182,8 +182,11 @@ def settle(
         error.owner = f"who has the machine is not known: {gone.message}"
         if not source.monitor.connected:
             error.owner = "its QEMU is gone, and the machine with it"
-            if not isinstance(error, PeerGone) or source.name not in error.message:
-                error.message = f"{gone.message} ({error.message})"
+            if gone.message not in error.message:
+                # That a connection broke is the same once more.
+                also = "" if isinstance(error, PeerGone) else f"; {error.message}"
+                error.message = gone.message + also
+            error.remedy = gone.remedy
     words = str(known.get("error-desc", ""))
     if words and words not in error.message:
         error.message += f"; QEMU says: {words}"

@@ -138,7 +138,8 @@ def _undo(
     words = destination.monitor.words()
     if words and words not in error.message:
         said = f"{destination.name} says: {words}"
-        error.message = said if isinstance(error, PeerGone) else f"{error.message}; {said}"
+        broke = isinstance(error, PeerGone) and source.monitor.connected
+        error.message = said if broke else f"{error.message}; {said}"
     if destination.monitor.connected:
         destination.take_back()
         if listening:

@@ -186,7 +186,7 @@ class Monitor(Closing):
                 self._cancel if cancellable else None,
             )
         except self._qmp.ExecuteError as error:
-            raise QemuRefused(self.name, command, error.error.desc) from None
+            raise QemuRefused(self.name, command, str(error)) from None
         except TimeoutError:
             raise MigrationTimeout(
                 f"no answer to {command} from {self.name} within {seconds:g} s",

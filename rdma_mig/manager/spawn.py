@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 from rdma_mig.closing import Closing
-from rdma_mig.errors import HostError, MigrationError, UsageError
+from rdma_mig.errors import HostError, MigrationCancelled, MigrationError, UsageError
 from rdma_mig.manager.command import CommandLine
 from rdma_mig.waits import Cancel
 
@@ -21,6 +22,7 @@ __all__ = ["SpawnedQemu", "require_free_sockets"]
 _START_SECONDS = 20.0
 _POLL_SECONDS = 0.02
 _END_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.5
 _SHOWN = 2000
 # In /proc/net/unix: __SO_ACCEPTCON, somebody listens.
 _LISTENS = 0x10000
@@ -45,7 +47,7 @@ def require_free_sockets(line: CommandLine) -> None:
     """
     text = "\n".join(line.arguments)
     for path in sorted(_listeners()):
-        if path.startswith("/") and path in text:
+        if path.startswith("/") and re.search(rf"(?<=[:=]){re.escape(path)}(?=,|$)", text, re.M):
             raise UsageError(
                 f"the QEMU that the command is of still listens at {path}",
                 remedy="end it first: two guests would write to one disk; or start another one "
@@ -135,6 +137,27 @@ class SpawnedQemu(Closing):
             return ""
         lines = [line.strip() for line in raw.decode("utf-8", "replace").splitlines()]
         return "; ".join([line for line in lines if line][-3:])
+
+    def end_of(self, error: MigrationError) -> MigrationError | None:
+        """Return what says more of a failure, if it came of this process's own end; else None.
+
+        Args:
+            error: how that was noticed.
+        """
+        assert self._process is not None
+        if isinstance(error, (UsageError, MigrationCancelled)):
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_WORDS_SECONDS)
+        words = self.words()
+        if self._process.returncode is None or not words or words in error.message:
+            return None
+        return MigrationError(
+            f"the QEMU that was started has ended: {words}",
+            owner="the snapshot is unchanged",
+            remedy="mend its command: the machine and the devices have to be those of the snapshot",
+            step=error.step,
+        )
 
     def release(self) -> None:
         """Let it run on behind this process's end."""
