@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rdma_mig.errors import MigrationCancelled, MigrationError, PeerGone, SnapshotError
+from rdma_mig.errors import MigrationError, PeerGone, SnapshotError
 from rdma_mig.manager.qemu import FINAL, Qemu
 from rdma_mig.migration.events import GuestState, Warned
 from rdma_mig.migration.state import Migration
@@ -24,6 +25,8 @@ _END_SECONDS = 10.0
 _UNDO_SECONDS = 5.0
 # Under this, a cancellation is through within two seconds.
 _CANCEL_SECONDS = 1.0
+# How long a QEMU may take to notice that its peer is gone, which over RDMA it does late.
+_STUCK_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,9 @@ def _follow(source: Qemu, migration: Migration, cancel: Cancel) -> bool:
             return bool(state == "completed")
         if not over and state in ("failed", "cancelled"):
             words = known.get("error-desc", "")
-            _await_end(migration, _CANCEL_SECONDS)
+            ours = _await_end(migration, _CANCEL_SECONDS)
+            if ours is not None and not isinstance(ours, PeerGone):
+                raise ours  # which is why QEMU's end failed
             raise MigrationError(
                 f"the migration of {source.name} "
                 + ("failed" if state == "failed" else "was cancelled")
@@ -164,21 +169,20 @@ def settle(
     Returns:
         whether the QEMU is known to have its machine.
     """
-    cancelled = isinstance(error, MigrationCancelled)
     known: dict[str, Any] = {}
     has_it = False
+    with contextlib.suppress(MigrationError):
+        known = source.cancel(_CANCEL_SECONDS)
+    if migration is not None:
+        # This frees a QEMU that waits for us and answers nothing.
+        migration.cancel()
+        _await_end(migration, _UNDO_SECONDS)
     try:
-        known = source.cancel(_CANCEL_SECONDS if cancelled else _UNDO_SECONDS)
+        known = source.cancel(_STUCK_SECONDS)
         source.take_back()
-        if migration is not None:
-            migration.cancel()
-            _await_end(migration, _UNDO_SECONDS)
         error.owner = source.run_on(running=running)
         has_it = True
     except MigrationError as gone:
-        if migration is not None:
-            migration.cancel()
-            _await_end(migration, _UNDO_SECONDS)
         error.owner = f"who has the machine is not known: {gone.message}"
         if not source.monitor.connected:
             error.owner = "its QEMU is gone, and the machine with it"

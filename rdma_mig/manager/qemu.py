@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rdma_mig.errors import MigrationError, UsageError
-from rdma_mig.manager.monitor import Monitor
+from rdma_mig.errors import MigrationError, MigrationTimeout, UsageError
+from rdma_mig.manager.monitor import Monitor, QemuRefused
 from rdma_mig.migration.events import MigrationEvent, QemuProgress, Warned
+from rdma_mig.waits import Deadline
 
 __all__ = ["FINAL", "UNLIMITED", "Qemu"]
 
@@ -24,8 +25,13 @@ FINAL = ("completed", "failed", "cancelled")
 # on the wire nor what becomes of the source's guest.
 _HARMLESS = frozenset({"events", "auto-converge", "zero-blocks", "validate-uuid"})
 _SOCKET = "rdma-migrate"
+_POSTCOPY = "postcopy-ram"
 _PROGRESS_SECONDS = 0.5
+_POLL_SECONDS = 0.02
 _UNDO_SECONDS = 5.0
+# After these, it is looked at the other end again; after those, the QEMU counts as stuck.
+_BUSY_SECONDS = 2.0
+_SILENT_SECONDS = 120.0
 # A QEMU in the middle of connecting over RDMA answers nothing for some 10 s.
 _MIGRATE_SECONDS = 30.0
 _RESTING = ("paused", "postmigrate", "finish-migrate")
@@ -48,6 +54,8 @@ class Qemu:
         self.step = ""
         self.tell = emit
         self._shown = ("", 0.0)
+        self._known: dict[str, Any] = {}
+        self._answered = time.monotonic()
         version = monitor.execute("query-version")["qemu"]
         self.release = (int(version["major"]), int(version["minor"]))
 
@@ -104,12 +112,33 @@ class Qemu:
             parameters = {**parameters, "tls-creds": ""}
         changed = {name: had[name] for name, state in wanted.items() if state != had[name]}
         try:
-            self._set_capabilities({name: wanted[name] for name in changed}, cancellable=True)
+            self._switch({name: wanted[name] for name in changed})
             if parameters:
                 self.monitor.execute("migrate-set-parameters", parameters)
             yield
         finally:
             self._restore(changed, before)
+
+    def _switch(self, states: dict[str, bool]) -> None:
+        """Set capabilities; without a return path over RDMA where a QEMU up to 7.2 has none.
+
+        postcopy-ram needs userfaultfd, which a QEMU of a plain user often may not use.
+        """
+        try:
+            self._set_capabilities(states, cancellable=True)
+        except QemuRefused as error:
+            if not states.get(_POSTCOPY):
+                raise
+            self._set_capabilities(
+                {name: state for name, state in states.items() if name != _POSTCOPY},
+                cancellable=True,
+            )
+            self.tell(
+                Warned(
+                    f"there is no return path: {self.name} refused {_POSTCOPY} ({error.words}), so "
+                    "the source lets go of its guest before the destination says that it has it"
+                )
+            )
 
     def _set_capabilities(self, states: dict[str, bool], *, cancellable: bool) -> None:
         if states:
@@ -140,7 +169,7 @@ class Qemu:
         Over RDMA a QEMU up to 7.2 opens a return path with postcopy-ram only.
         """
         rdma = uri.startswith("rdma:")
-        return "postcopy-ram" if rdma and self.release < (8, 0) else "return-path"
+        return _POSTCOPY if rdma and self.release < (8, 0) else "return-path"
 
     # ---- its migration ----
 
@@ -200,9 +229,26 @@ class Qemu:
         raise MigrationError(f"{self.name} does not say where it listens", remedy="name a port")
 
     def progress(self, *, cancellable: bool = True) -> dict[str, Any]:
-        """Ask how its migration is, tell it on, and return the answer."""
+        """Ask how its migration is, tell it on, and return the answer.
+
+        While a QEMU sends device state, or waits for its peer with its guest stopped, it answers
+        nothing. Then this is what it said last.
+
+        Raises:
+            MigrationTimeout: it has not answered for two minutes.
+        """
+        try:
+            known = self._query(_BUSY_SECONDS, cancellable=cancellable)
+        except MigrationTimeout:
+            if time.monotonic() - self._answered > _SILENT_SECONDS:
+                raise
+            return self._known
+        self._answered, self._known = time.monotonic(), known
+        return known
+
+    def _query(self, seconds: float, *, cancellable: bool) -> dict[str, Any]:
         known: dict[str, Any] = self.monitor.execute(
-            "query-migrate", seconds=_UNDO_SECONDS, cancellable=cancellable
+            "query-migrate", seconds=seconds, cancellable=cancellable
         )
         state = str(known.get("status", "none"))
         now = time.monotonic()
@@ -227,14 +273,26 @@ class Qemu:
         return known
 
     def cancel(self, seconds: float) -> dict[str, Any]:
-        """Cancel its migration, if it has one, and return how that ended."""
-        end = time.monotonic() + seconds
-        known = self.progress(cancellable=False)
+        """Cancel its migration, if it has one, and return how that ended.
+
+        Raises:
+            MigrationTimeout: it does not answer, or does not end it, within so many seconds.
+        """
+        deadline = Deadline.after(seconds)
+
+        def left() -> float:
+            return deadline.remaining or 0.01
+
+        known = self._query(left(), cancellable=False)
         if known.get("status", "none") not in ("none", *FINAL):
-            self.monitor.execute("migrate_cancel", cancellable=False)
-        while known.get("status", "none") not in ("none", *FINAL) and time.monotonic() < end:
-            time.sleep(0.02)
-            known = self.progress(cancellable=False)
+            self.monitor.execute("migrate_cancel", seconds=left(), cancellable=False)
+        while known.get("status", "none") not in ("none", *FINAL):
+            if deadline.passed:
+                raise MigrationTimeout(
+                    f"{self.name} has not cancelled its migration within {seconds:g} s"
+                )
+            time.sleep(_POLL_SECONDS)
+            known = self._query(left(), cancellable=False)
         return known
 
     def run_on(self, *, running: bool) -> str:
@@ -246,7 +304,7 @@ class Qemu:
         state = self.status(cancellable=False)
         end = time.monotonic() + _UNDO_SECONDS
         while running and state == "finish-migrate" and time.monotonic() < end:
-            time.sleep(0.02)
+            time.sleep(_POLL_SECONDS)
             state = self.status(cancellable=False)
         if running and state in _RESTING:
             self.let_run()
