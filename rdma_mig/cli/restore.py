@@ -16,11 +16,9 @@ from rdma_mig.errors import MigrationError, UsageError
 if TYPE_CHECKING:
     from rdma_mig.manager.command import CommandLine
     from rdma_mig.manager.qemu import Qemu
-    from rdma_mig.manager.spawn import SpawnedQemu
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.state import Migration
     from rdma_mig.snapshot import Snapshot
-    from rdma_mig.waits import Cancel
 
 __all__ = ["add_parser", "run"]
 
@@ -100,12 +98,14 @@ def run(args: argparse.Namespace) -> int:
     """
     from rdma_mig.cli.reporting import Reporter
     from rdma_mig.manager.command import CommandLine
+    from rdma_mig.manager.spawn import SpawnedQemu
     from rdma_mig.migration.events import Recorded
     from rdma_mig.migration.state import Migration
     from rdma_mig.snapshot import Snapshot
 
     if args.command and not args.spawn:
         raise UsageError("a command behind -- goes with --spawn", remedy="leave one of them out")
+    asked = CommandLine.to_spawn(args.command, os.getcwd()) if args.spawn else None
     uri = meeting_uri(
         args.uri,
         args.rdma_device,
@@ -127,9 +127,11 @@ def run(args: argparse.Namespace) -> int:
         line = CommandLine(recorded.arguments, recorded.directory) if recorded else None
         if recorded is not None:
             show(Recorded(recorded.arguments, recorded.directory))
-        spawned = _spawn(args, snapshot, line, migration.cancellation)
-        if spawned is not None:
-            stack.enter_context(spawned)
+        spawned = None
+        if args.trust_recorded_command:
+            asked = _trusted(snapshot, line)
+        if asked is not None:
+            spawned = stack.enter_context(SpawnedQemu(asked, migration.cancellation))
         qmp = spawned.qmp if spawned else args.qmp
         try:
             _restore(args, snapshot, migration, qmp, uri, line, reporter)
@@ -147,18 +149,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _spawn(
-    args: argparse.Namespace, snapshot: Snapshot, recorded: CommandLine | None, cancel: Cancel
-) -> SpawnedQemu | None:
-    """Start the QEMU that was asked for; None for one that runs."""
-    from rdma_mig.manager.command import CommandLine
-    from rdma_mig.manager.spawn import SpawnedQemu, require_free_sockets
+def _trusted(snapshot: Snapshot, recorded: CommandLine | None) -> CommandLine:
+    """Return the recorded command for another QEMU, if it may be run."""
+    from rdma_mig.manager.spawn import require_free_sockets
     from rdma_mig.snapshot import require_trustworthy
 
-    if args.spawn:
-        return SpawnedQemu(CommandLine.to_spawn(args.command, os.getcwd()), cancel)
-    if not args.trust_recorded_command:
-        return None
     if recorded is None:
         raise UsageError(
             f"no command is recorded in {snapshot.path}",
@@ -166,7 +161,7 @@ def _spawn(
         )
     require_trustworthy(snapshot.path)
     require_free_sockets(recorded)
-    return SpawnedQemu(recorded.to_run_again(), cancel)
+    return recorded.to_run_again()
 
 
 def _restore(

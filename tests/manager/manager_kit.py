@@ -11,6 +11,7 @@ from harness import Guest, Qemu, guest_counters
 from harness.files import FileBytes
 from support import Command, heartbeats_in
 
+from rdma_mig.cli.main import main
 from rdma_mig.migration import events
 
 GUEST = Guest.dirtying(4)
@@ -34,6 +35,14 @@ def driven(directory: Path, name: str = "source", *extra: str, **options: Any) -
 def waiting(directory: Path, name: str = "destination", *extra: str, **options: Any) -> Qemu:
     """One that waits for a machine."""
     return driven(directory, name, *extra, incoming="defer", **options)
+
+
+def status_of(*arguments: str) -> int:
+    """The exit status of rdma-migrate, which is run in this process: for what ends at once."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return int(str(end.code))
 
 
 def socket_of(qemu: Qemu) -> str:

@@ -22,9 +22,13 @@ from manager_kit import (
     driven,
     settings,
     socket_of,
+    status_of,
     waiting,
 )
 from support import Command, prompt, wait_for
+
+from rdma_mig.errors import SnapshotError
+from rdma_mig.snapshot import require_trustworthy
 
 TO = {"private": "", "tcp": "--uri tcp:127.0.0.1:0", "unix": "--uri unix:{}/meet"}
 
@@ -289,9 +293,9 @@ def test_started_qemu_says_what_is_wrong_with_its_command(stored: Path):
         [],
     ],
 )
-def test_wrong_usage(stored: Path, options: list[str]):
-    with Command("restore", stored, *options) as command:
-        command.fail(2)
+def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]):
+    assert status_of("restore", str(tmp_path), *options) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_recorded_command_is_run_when_it_is_trusted(tmp_path: Path):
@@ -307,26 +311,48 @@ def test_recorded_command_is_run_when_it_is_trusted(tmp_path: Path):
             assert "is running" in command.stderr
 
 
-@pytest.mark.parametrize("what", ["manifest.json", "command.json", "ram/0.raw", ".", ".."])
+@pytest.mark.parametrize("what", ["manifest.json", "command.json", "ram", "ram/0.raw", ".", ".."])
 @pytest.mark.parametrize("mode", [0o020, 0o002], ids=["group", "others"])
-def test_recorded_command_is_not_run_where_others_can_write(
+def test_snapshot_that_others_can_write_is_not_trustworthy(
     tmp_path: Path, stored: Path, what: str, mode: int
 ):
     (tmp_path / "place").mkdir(mode=0o700)
     snapshot = tmp_path / "place" / "vm"
     shutil.copytree(stored, snapshot)
+    require_trustworthy(snapshot)
     changed = snapshot / what
     changed.chmod(changed.stat().st_mode | mode)
-    with Command("restore", snapshot, "--trust-recorded-command") as command:
+    with pytest.raises(SnapshotError, match="can be written by others") as error:
+        require_trustworthy(snapshot)
+    assert f"{os.path.normpath(changed)} can" in error.value.message
+
+
+def test_symbolic_link_in_a_snapshot_is_not_trustworthy(tmp_path: Path, stored: Path):
+    shutil.copytree(stored, tmp_path / "vm")
+    (tmp_path / "vm" / "command.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "vm" / "command.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SnapshotError, match="is a symbolic link"):
+        require_trustworthy(tmp_path / "vm")
+    # A link to the directory is none in it; where it lies counts as well.
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "link").symlink_to(stored)
+    require_trustworthy(stored)
+    with pytest.raises(SnapshotError, match=f"{tmp_path}/open can be written by others"):
+        require_trustworthy(tmp_path / "open" / "link")
+
+
+def test_recorded_command_is_not_run_where_the_group_can_write(tmp_path: Path, stored: Path):
+    shutil.copytree(stored, tmp_path / "vm")
+    (tmp_path / "vm" / "manifest.json").chmod(0o620)
+    with Command("restore", tmp_path / "vm", "--trust-recorded-command") as command:
         said = command.fail(1)
-        assert "the recorded command is not run" in said
-        assert os.path.normpath(changed) in said
-        assert "can be written by others" in said
+        assert f"the recorded command is not run: {tmp_path}/vm/manifest.json can be" in said
+        assert "chmod go-w" in said
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_recorded_command_of_somebody_else_is_not_run(tmp_path: Path, stored: Path):
-    if os.geteuid():
-        pytest.fail("needs root, to give a file away")
     shutil.copytree(stored, tmp_path / "vm")
     os.chown(tmp_path / "vm" / "command.json", 65534, 65534)
     with Command("restore", tmp_path / "vm", "--trust-recorded-command") as command:
