@@ -135,8 +135,8 @@ class Reporter:
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
                 over = f"{event.device}, {pinned}" if event.device else event.transport
-                self.note(f"connected with {event.peer} over {over}")
-                self.note(f"route: {event.route()}")
+                self._note(f"connected with {event.peer} over {over}")
+                self._note(f"route: {event.route()}")
             case Warned():
                 print(f"rdma-migrate: warning: {event.message}", file=sys.stderr, flush=True)
             case Progress() if not self._quiet:
@@ -144,10 +144,9 @@ class Reporter:
             case Completed() if not self._quiet:
                 self._summary(event)
             case _ if not self._quiet and (text := event.text()):
-                self.note(text)
+                self._note(text)
 
-    def note(self, text: str) -> None:
-        """Say something on standard error."""
+    def _note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def _progress(self, event: Progress) -> None:
@@ -162,7 +161,7 @@ class Reporter:
             text = f"{text}: {100 * event.done // event.total} % of {_size(event.total)}"
         elif event.total or event.done:
             text = f"{text}: {_size(event.total or event.done)}"
-        self.note(text)
+        self._note(text)
 
     def _summary(self, event: Completed) -> None:
         incoming = event.normal_pages + event.duplicate_pages == 0

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.cli.reporting import Reporter
     from rdma_mig.manager.command import CommandLine
     from rdma_mig.manager.spawn import SpawnedQemu
-    from rdma_mig.migration.events import Recorded
+    from rdma_mig.migration.events import Recorded, Spawned
     from rdma_mig.migration.state import Migration
     from rdma_mig.snapshot import Snapshot
 
@@ -141,11 +141,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         if spawned is not None:
             spawned.release()
-            if not args.quiet:
-                reporter.note(
-                    f"the QEMU runs on: pid {spawned.pid}, QMP socket {spawned.qmp}, messages in "
-                    f"{spawned.log}"
-                )
+            show(Spawned(spawned.pid, spawned.qmp, str(spawned.log)))
     return 0
 
 

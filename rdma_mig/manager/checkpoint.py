@@ -17,7 +17,7 @@ from rdma_mig.snapshot import SnapshotWriter
 from rdma_mig.snapshot.leftovers import find, remove
 from rdma_mig.waits import Cancel
 
-__all__ = ["CheckpointOptions", "checkpoint", "settle", "warn_of_disks"]
+__all__ = ["CheckpointOptions", "checkpoint", "settle", "undo", "warn_of_disks"]
 
 _POLL_SECONDS = 0.05
 # What the other end may take to notice that one end has ended.
@@ -104,36 +104,40 @@ def checkpoint(
             uri = start()
             source.migrate(uri)
             source.step = "migrating"
-            whole = _follow(source, migration, cancel)
+            _follow(source, migration, cancel)
         except MigrationError as error:
-            _undo(source, migration, writer, error, running=running)
+            undo(source, migration, writer, error, running=running)
             raise
-    if running and not options.stop:
+        # The snapshot is whole, and neither a cancellation nor QEMU's end changes that any more.
         try:
-            source.let_run()
+            source.step = "letting the guest run on"
+            _await_completion(source)
+            if running and not options.stop:
+                source.let_run()
+            state = source.status(cancellable=False)
         except MigrationError as error:
-            error.owner = f"the snapshot in {writer.path} is whole"
+            error.owner, error.step = f"the snapshot in {writer.path} is whole", source.step
             raise
-    if not whole:
-        source.tell(Warned(f"{source.name} did not say that its migration has ended"))
-    source.tell(GuestState(source.monitor.path, source.status(cancellable=False)))
+    source.tell(GuestState(source.monitor.path, state))
 
 
-def _follow(source: Qemu, migration: Migration, cancel: Cancel) -> bool:
-    """Follow both ends to their end; return whether QEMU said that it is done."""
-    end = 0.0
-    while True:
-        over = migration.wait(0.0)
-        if over and not end:
-            # The snapshot is whole, and no cancellation changes that any more.
-            end = time.monotonic() + _END_SECONDS
-        if not over:
-            cancel.check(source.step)
-        known = source.progress(cancellable=not over)
+def _await_completion(source: Qemu) -> None:
+    """Wait until QEMU has completed too; with a snapshot that is whole that is a matter of time."""
+    end = time.monotonic() + _END_SECONDS
+    while source.progress(cancellable=False).get("status", "none") not in FINAL:
+        if time.monotonic() > end:
+            source.tell(Warned(f"{source.name} did not say that its migration has ended"))
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _follow(source: Qemu, migration: Migration, cancel: Cancel) -> None:
+    """Follow both ends until ours is through."""
+    while not migration.wait(0.0):
+        cancel.check(source.step)
+        known = source.progress()
         state = known.get("status", "none")
-        if over and (state in FINAL or time.monotonic() > end):
-            return bool(state == "completed")
-        if not over and state in ("failed", "cancelled"):
+        if state in ("failed", "cancelled"):
             words = known.get("error-desc", "")
             ours = _await_end(migration, _CANCEL_SECONDS)
             if ours is not None and not isinstance(ours, PeerGone):
@@ -199,7 +203,7 @@ def settle(
     return has_it
 
 
-def _undo(
+def undo(
     source: Qemu,
     migration: Migration,
     writer: SnapshotWriter,
@@ -207,6 +211,15 @@ def _undo(
     *,
     running: bool,
 ) -> None:
+    """Cancel what goes on, see to the guest, and remove what arrived if the guest goes on.
+
+    Args:
+        source: the QEMU.
+        migration: our own end.
+        writer: of the snapshot that was to be.
+        error: why it failed; gets what is known then.
+        running: whether the guest ran before.
+    """
     has_it = settle(source, migration, error, running=running)
     kept = writer.kept_at
     if kept is None:

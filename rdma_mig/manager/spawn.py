@@ -81,7 +81,13 @@ class SpawnedQemu(Closing):
             own = str(self._directory / "qmp")
             line = line.reachable(own)
         self.qmp = os.path.join(line.directory, own)
+        #: As /proc has it: relative where it was said so.
+        self._bound = own
         try:
+            if self.qmp in _listeners():
+                raise UsageError(
+                    f"another QEMU listens at {self.qmp}", remedy="name another socket (-qmp)"
+                )
             self._start(line)
             self._await_socket(cancel)
         except BaseException:
@@ -114,7 +120,7 @@ class SpawnedQemu(Closing):
     def _await_socket(self, cancel: Cancel) -> None:
         assert self._process is not None
         end = time.monotonic() + _START_SECONDS
-        while self.qmp not in _listeners():
+        while self._bound not in _listeners():
             if self._process.poll() is not None:
                 raise MigrationError(
                     f"the QEMU that was started has ended: {self.words() or 'without a word'}",

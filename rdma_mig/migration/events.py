@@ -20,6 +20,7 @@ __all__ = [
     "Progress",
     "QemuProgress",
     "Recorded",
+    "Spawned",
     "Warned",
 ]
 
@@ -232,6 +233,26 @@ class Recorded(MigrationEvent):
             for c in shlex.join(self.arguments)
         )
         return f"the QEMU of this snapshot was started as: {words}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned(MigrationEvent):
+    """A QEMU that was started runs on.
+
+    Attributes:
+        pid: its process id.
+        qmp: its QMP socket.
+        log: the file that its messages go to.
+    """
+
+    event: ClassVar[str] = "spawned"
+    pid: int
+    qmp: str
+    log: str
+
+    def text(self) -> str:
+        """Return it in one line."""
+        return f"the QEMU runs on: pid {self.pid}, QMP socket {self.qmp}, messages in {self.log}"
 
 
 @dataclass(frozen=True, slots=True)

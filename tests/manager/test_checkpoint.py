@@ -24,6 +24,14 @@ from manager_kit import (
 )
 from support import Command, prompt, wait_for
 
+from rdma_mig.errors import MigrationError
+from rdma_mig.manager.checkpoint import undo
+from rdma_mig.manager.monitor import Monitor
+from rdma_mig.manager.qemu import Qemu
+from rdma_mig.migration.state import Migration
+from rdma_mig.snapshot import SnapshotWriter
+from rdma_mig.waits import Cancel
+
 IN_BETWEEN = ["--max-bandwidth", SLOW]
 
 
@@ -154,6 +162,39 @@ def test_source_that_is_killed_has_been_there_and_leaves_nothing(tmp_path: Path)
         said = command.fail(1)
         assert f"the QEMU at {socket_of(source)} is gone" in said
         assert "the machine with it" in said
+    assert_nothing_left(tmp_path)
+
+
+def test_snapshot_stays_when_its_qemu_ends_behind_it(tmp_path: Path):
+    with (
+        driven(tmp_path) as source,
+        Command("checkpoint", "--qmp", socket_of(source), tmp_path / "vm", "--json") as command,
+    ):
+        command.wait_event("completed")
+        source.signal(signal.SIGKILL)
+        # That may come when all is done.
+        if command.wait():
+            assert "is whole" in command.fail(1)
+    assert_whole(tmp_path / "vm")
+
+
+def test_guest_of_a_source_that_has_let_go_is_resumed_when_the_rest_fails(tmp_path: Path):
+    """A source without a return path: here one that migrated to nowhere."""
+    writer = SnapshotWriter(tmp_path / "vm")
+    with driven(tmp_path) as source, Cancel() as cancel, Migration() as migration:
+        source.wait_heartbeat(2)
+        source.migrate("exec:cat > /dev/null")
+        source.wait_migration()
+        assert source.status() == "postmigrate"
+        kept = writer.keep_incomplete()
+        assert kept.exists()
+        error = MigrationError("the disk is full")
+        with Monitor(socket_of(source), cancel) as monitor:
+            qemu = Qemu(monitor, "source", lambda _event: None)
+            undo(qemu, migration, writer, error, running=True)
+        assert "the guest runs on" in error.owner
+        assert_runs_on(source)
+    writer.abandon()
     assert_nothing_left(tmp_path)
 
 
