@@ -12,7 +12,7 @@ from typing import Any
 from rdma_mig.errors import MigrationError, PeerGone, SnapshotError
 from rdma_mig.manager.qemu import FINAL, Qemu
 from rdma_mig.migration.events import GuestState, Warned
-from rdma_mig.migration.state import Migration
+from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.snapshot import SnapshotWriter
 from rdma_mig.snapshot.leftovers import find, remove
 from rdma_mig.waits import Cancel
@@ -221,6 +221,10 @@ def undo(
         running: whether the guest ran before.
     """
     has_it = settle(source, migration, error, running=running)
+    if migration.state.status is MigrationStatus.COMPLETED:
+        # It was faster than what ended it.
+        whole = f"the snapshot in {writer.path} is whole"
+        error.owner = f"{whole}, and {error.owner}" if has_it else whole
     kept = writer.kept_at
     if kept is None:
         return

@@ -24,7 +24,7 @@ from manager_kit import (
 )
 from support import Command, prompt, wait_for
 
-from rdma_mig.errors import MigrationError
+from rdma_mig.errors import MigrationCancelled, MigrationError
 from rdma_mig.manager.checkpoint import undo
 from rdma_mig.manager.monitor import Monitor
 from rdma_mig.manager.qemu import Qemu
@@ -196,6 +196,24 @@ def test_guest_of_a_source_that_has_let_go_is_resumed_when_the_rest_fails(tmp_pa
         assert_runs_on(source)
     writer.abandon()
     assert_nothing_left(tmp_path)
+
+
+def test_cancelled_when_all_is_written_already_there_are_a_snapshot_and_a_guest(tmp_path: Path):
+    writer = SnapshotWriter(tmp_path / "vm")
+    with driven(tmp_path) as source, Cancel() as cancel, Migration() as migration:
+        source.wait_heartbeat(2)
+        migration.run(lambda: None, "a worker that is through")
+        migration.wait()
+        error = MigrationCancelled("cancelled")
+        with Monitor(socket_of(source), cancel) as monitor:
+            qemu = Qemu(monitor, "source", lambda _event: None)
+            undo(qemu, migration, writer, error, running=True)
+            assert error.owner.startswith(f"the snapshot in {tmp_path}/vm is whole, and the guest")
+            source.signal(signal.SIGKILL)
+            source.wait_exit()
+            undo(qemu, migration, writer, error, running=True)
+            assert error.owner == f"the snapshot in {tmp_path}/vm is whole"
+    writer.abandon()
 
 
 def test_qemu_says_why_its_guest_cannot_be_migrated(tmp_path: Path):
