@@ -24,6 +24,7 @@ from rdma_mig.errors import (
     PeerGone,
 )
 from rdma_mig.waits import Cancel, Deadline, TransportLimits
+from rdma_mig.wire.uri import FdAddress
 
 __all__ = ["READ_SIZE", "DescriptorLink", "Link", "SocketLink", "inherited_link", "wait_for"]
 
@@ -252,13 +253,16 @@ class SocketLink(DescriptorLink):
         self._socket.close()
 
 
-def inherited_link(number: int, *, reading: bool, cancel: Cancel, limits: TransportLimits) -> Link:
+def inherited_link(
+    address: FdAddress, *, reading: bool, cancel: Cancel, limits: TransportLimits
+) -> Link:
     """Take over a descriptor that this process was started with: a socket, a pipe or a file.
 
     Raises:
         HostError: it is not open, or cannot be used in this direction.
     """
-    what = f"descriptor {number}"
+    number = address.number
+    what = address.peer or f"descriptor {number}"
     try:
         mode = os.fstat(number).st_mode
         if stat.S_ISSOCK(mode):

@@ -15,6 +15,8 @@ list of the blocks that the source kept to itself: ``position`` in its list, ``n
 ``description``: null where the source sent none, else ``size``, ``sha256``, ``page_size``,
 ``devices`` (a list of ``name``, ``instance_id``, ``vmsd_name``, ``version``) and ``error`` (null,
 or why page size and devices are null);
+``command``: null where it is not recorded how the QEMU was started, else ``arguments`` and
+``directory``;
 ``restored``: a text for each time that it was sent to a QEMU;
 ``verified``: true after ``--verify``, else null.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -54,9 +55,17 @@ def report_of(snapshot: Snapshot, *, verified: bool) -> dict[str, Any]:
         "config": asdict(manifest.config),
         "device_state": asdict(manifest.device_state) | {"eof_offset": manifest.eof_offset},
         "description": _description(snapshot),
+        "command": _command(snapshot),
         "restored": snapshot.restorations(),
         "verified": True if verified else None,
     }
+
+
+def _command(snapshot: Snapshot) -> dict[str, Any] | None:
+    command = snapshot.command()
+    if command is None:
+        return None
+    return {"arguments": list(command.arguments), "directory": command.directory}
 
 
 def _description(snapshot: Snapshot) -> dict[str, Any] | None:
@@ -135,6 +144,9 @@ def lines_of(report: dict[str, Any]) -> list[str]:
             right=(1, 2),
         )
     lines += ["", *_digests(report)]
+    if report["command"] is not None:
+        line = shlex.join(report["command"]["arguments"])
+        lines += ["", f"started as    {printable(line)}"]
     lines += [f"restored      {line}" for line in report["restored"]]
     if report["verified"]:
         lines += ["", "every byte agrees with its digest"]

@@ -11,7 +11,19 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rdma_mig.cli import bench, clean, convert, doctor, incoming, inspect, outgoing, recover
+from rdma_mig.cli import (
+    bench,
+    checkpoint,
+    clean,
+    convert,
+    doctor,
+    incoming,
+    inspect,
+    migrate,
+    outgoing,
+    recover,
+    restore,
+)
 from rdma_mig.cli.signals import interrupted_by_signals
 from rdma_mig.errors import ExitStatus, MigrationError
 
@@ -76,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     incoming.add_parser(commands)
     outgoing.add_parser(commands)
+    checkpoint.add_parser(commands)
+    restore.add_parser(commands)
+    migrate.add_parser(commands)
     inspect.add_parser(commands)
     convert.add_parser(commands)
     clean.add_parser(commands)

@@ -141,6 +141,8 @@ class Reporter:
                 self._progress(event)
             case Completed() if not self._quiet:
                 self._summary(event)
+            case _ if not self._quiet and (text := event.text()):
+                self._note(text)
 
     def _note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

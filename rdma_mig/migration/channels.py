@@ -138,7 +138,7 @@ def _reading(address: MigrationAddress, migration: Migration, options: ChannelOp
     cancel, limits = migration.cancellation, options.limits()
     match address:
         case FdAddress():
-            return inherited_link(address.number, reading=True, cancel=cancel, limits=limits)
+            return inherited_link(address, reading=True, cancel=cancel, limits=limits)
         case ExecAddress():
             return ProcessLink(address.command, reading=True, cancel=cancel, limits=limits)
         case FileAddress():
@@ -217,9 +217,7 @@ def start_outgoing(
                 return connect(address, cancel, options.limits)
 
         case FdAddress():
-            link = inherited_link(
-                address.number, reading=False, cancel=cancel, limits=options.limits()
-            )
+            link = inherited_link(address, reading=False, cancel=cancel, limits=options.limits())
             if options.return_path and not link.two_way:
                 link.close()
                 raise UsageError(f"{address} has no way back: leave --return-path out")

@@ -3,13 +3,28 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from rdma_mig.verbs.route import Route
 
-__all__ = ["Completed", "Connected", "Listening", "MigrationEvent", "Progress", "Warned"]
+__all__ = [
+    "Completed",
+    "Connected",
+    "GuestState",
+    "Listening",
+    "Migrated",
+    "MigrationEvent",
+    "Progress",
+    "QemuProgress",
+    "Recorded",
+    "Spawned",
+    "Warned",
+]
+
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +36,10 @@ class MigrationEvent:
     def as_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints."""
         return {"event": self.event, **asdict(self)}
+
+    def text(self) -> str:
+        """Return what it says to people; empty where whoever shows it finds the words."""
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +154,141 @@ class Completed(MigrationEvent):
     path: str
     peer: str
     confirmed: str
+
+
+@dataclass(frozen=True, slots=True)
+class QemuProgress(MigrationEvent):
+    """How a QEMU says that its migration goes (query-migrate).
+
+    Attributes:
+        end: "source" or "destination".
+        status: of its migration: "setup", "active", "device", "completed", "failed", ...
+        transferred, remaining, total: bytes of RAM; 0 where QEMU does not say.
+        rounds: how often it has looked for dirty pages.
+        bytes_per_second: what it sends.
+        dirty_bytes_per_second: what the guest writes.
+        expected_downtime_ms: how long the guest would rest now, milliseconds.
+    """
+
+    event: ClassVar[str] = "qemu"
+    end: str
+    status: str
+    transferred: int
+    remaining: int
+    total: int
+    rounds: int
+    bytes_per_second: float
+    dirty_bytes_per_second: float
+    expected_downtime_ms: int
+
+    def text(self) -> str:
+        """Return it in one line."""
+        words = [f"QEMU, {self.end}: {self.status}"]
+        if self.total:
+            done = self.total - min(self.remaining, self.total)
+            words += [
+                f"{100 * done // self.total} % of {self.total / _MIB:.1f} MiB",
+                f"round {self.rounds}",
+                f"{self.bytes_per_second / _MIB:.1f} MiB/s",
+                f"dirtied {self.dirty_bytes_per_second / _MIB:.1f} MiB/s",
+            ]
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestState(MigrationEvent):
+    """What a QEMU's guest does when all is done.
+
+    Attributes:
+        qemu: its QMP socket.
+        status: its run state: "running", "paused", "postmigrate", ...
+    """
+
+    event: ClassVar[str] = "guest"
+    qemu: str
+    status: str
+
+    def text(self) -> str:
+        """Return it in one line."""
+        return f"the guest of the QEMU at {self.qemu} is {self.status}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded(MigrationEvent):
+    """How the QEMU was started that a snapshot is of.
+
+    Attributes:
+        arguments: the program and its arguments.
+        directory: its working directory.
+    """
+
+    event: ClassVar[str] = "recorded"
+    arguments: tuple[str, ...]
+    directory: str
+
+    def text(self) -> str:
+        """Return it in one line."""
+        words = "".join(
+            c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
+            for c in shlex.join(self.arguments)
+        )
+        return f"the QEMU of this snapshot was started as: {words}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned(MigrationEvent):
+    """A QEMU that was started runs on.
+
+    Attributes:
+        pid: its process id.
+        qmp: its QMP socket.
+        log: the file that its messages go to.
+    """
+
+    event: ClassVar[str] = "spawned"
+    pid: int
+    qmp: str
+    log: str
+
+    def text(self) -> str:
+        """Return it in one line."""
+        return f"the QEMU runs on: pid {self.pid}, QMP socket {self.qmp}, messages in {self.log}"
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated(MigrationEvent):
+    """A machine has gone from one QEMU to another, as the source says (query-migrate).
+
+    Attributes:
+        source, destination: their QMP sockets.
+        uri: where they met; "fd:" for a private socket.
+        bytes: of RAM that were moved.
+        rounds: how often the source looked for dirty pages.
+        setup_seconds, total_seconds, downtime_seconds: what it took, and how long the guest rested.
+        bytes_per_second: as the source has it.
+    """
+
+    event: ClassVar[str] = "migrated"
+    source: str
+    destination: str
+    uri: str
+    bytes: int
+    rounds: int
+    setup_seconds: float
+    total_seconds: float
+    downtime_seconds: float
+    bytes_per_second: float
+
+    def text(self) -> str:
+        """Return it in some lines."""
+        return "\n".join(
+            (
+                f"migrated from {self.source} to {self.destination}: "
+                f"{self.bytes / _MIB:.1f} MiB of RAM",
+                f"  rounds        {self.rounds}",
+                f"  setup         {self.setup_seconds:.3f} s",
+                f"  total         {self.total_seconds:.3f} s "
+                f"({self.bytes_per_second / _MIB:.1f} MiB/s)",
+                f"  downtime      {self.downtime_seconds:.3f} s",
+            )
+        )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from rdma_mig.snapshot._fs import human, printable
 from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest, SharedBlock
 from rdma_mig.snapshot.reader import Snapshot
+from rdma_mig.snapshot.recorded import RecordedCommand, require_trustworthy
 from rdma_mig.snapshot.writer import DEVICE_STATE_RESERVE, SnapshotWriter
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "BlockRecord",
     "FileRecord",
     "Manifest",
+    "RecordedCommand",
     "SharedBlock",
     "Snapshot",
     "SnapshotWriter",
     "human",
     "printable",
+    "require_trustworthy",
 ]

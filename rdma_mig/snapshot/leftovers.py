@@ -15,12 +15,22 @@ from pathlib import Path
 
 from rdma_mig.errors import SnapshotError
 from rdma_mig.snapshot import _fs
-from rdma_mig.snapshot.manifest import CONFIG, DESCRIPTION, DEVICE_STATE, MANIFEST, RAM, WRITTEN
+from rdma_mig.snapshot.manifest import (
+    COMMAND,
+    CONFIG,
+    DESCRIPTION,
+    DEVICE_STATE,
+    MANIFEST,
+    RAM,
+    WRITTEN,
+)
 
 __all__ = ["Leftover", "abandoned", "find", "parent_lock", "remove"]
 
 _NAME = re.compile(r"(?P<of>.+)\.(?P<kind>partial-[0-9]+|incomplete)(\.[0-9]+)?")
-_OURS = frozenset({MANIFEST, CONFIG, DEVICE_STATE, DESCRIPTION, RAM, WRITTEN, f"{WRITTEN}.new"})
+_OURS = frozenset(
+    {MANIFEST, CONFIG, DEVICE_STATE, DESCRIPTION, RAM, WRITTEN, f"{WRITTEN}.new", COMMAND}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from rdma_mig.errors import SnapshotError
 from rdma_mig.memory.blocks import CHUNK_SIZE, RamBlock
 
 __all__ = [
+    "COMMAND",
     "CONFIG",
     "DESCRIPTION",
     "DEVICE_STATE",
@@ -55,6 +56,8 @@ RAM: Final = "ram"
 DEVICE_STATE: Final = "vmstate.bin"
 DESCRIPTION: Final = "vmdesc.json"
 RESTORED: Final = "restored"
+COMMAND: Final = "command.json"
+"""How the QEMU was started, where that is known."""
 WRITTEN: Final = "written.json"
 """In what a run has left: that RAM is on disk, and all that the manifest says but device state."""
 

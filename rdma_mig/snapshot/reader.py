@@ -28,6 +28,7 @@ from rdma_mig.memory import (
 )
 from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.manifest import (
+    COMMAND,
     CONFIG,
     DESCRIPTION,
     DEVICE_STATE,
@@ -41,6 +42,7 @@ from rdma_mig.snapshot.manifest import (
     ram_file,
 )
 from rdma_mig.snapshot.ram import DIGEST_SIZE, WINDOW, Progress, Stop, digest_size
+from rdma_mig.snapshot.recorded import MAX_COMMAND, RecordedCommand
 
 __all__ = ["Snapshot"]
 
@@ -373,6 +375,22 @@ class Snapshot(Closing):
         ):
             os.write(fd, f"{line}\n".encode())
             os.fsync(fd)
+
+    def command(self) -> RecordedCommand | None:
+        """Return how the QEMU was started that this is of; None where that is not recorded.
+
+        Raises:
+            SnapshotError: the file cannot be read, or is damaged.
+        """
+        path = self.path / COMMAND
+        with _fs.failing("read", path):
+            try:
+                fd = _fs.open_file(COMMAND, self._dir)
+            except FileNotFoundError:
+                return None
+            with open(fd, "rb") as file:
+                raw = file.read(MAX_COMMAND + 1)
+        return RecordedCommand.decode(raw, _fs.printable(path))
 
     def close(self) -> None:
         """Close the directory; a second time does nothing."""

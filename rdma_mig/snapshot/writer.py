@@ -20,6 +20,7 @@ from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.leftovers import abandoned, parent_lock
 from rdma_mig.snapshot.manifest import (
+    COMMAND,
     CONFIG,
     DESCRIPTION,
     DEVICE_STATE,
@@ -42,6 +43,7 @@ from rdma_mig.snapshot.ram import (
     reserve_block,
     write_block,
 )
+from rdma_mig.snapshot.recorded import RecordedCommand
 
 __all__ = ["DEVICE_STATE_RESERVE", "SnapshotWriter"]
 
@@ -240,6 +242,10 @@ class SnapshotWriter:
     def set_description(self, raw: bytes) -> None:
         """Keep the JSON text of the stream's description, verbatim."""
         self._description = self._write_file(DESCRIPTION, raw)
+
+    def write_command(self, command: RecordedCommand) -> None:
+        """Keep how the QEMU was started."""
+        self._write_file(COMMAND, command.encode())
 
     def _write_file(self, name: str, raw: bytes) -> FileRecord:
         with _fs.failing("write", self._partial / name):

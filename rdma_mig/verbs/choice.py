@@ -68,6 +68,26 @@ class Choice:
             return str(self.device)
         return f"GID index {self.gid.index} ({self.gid.address}) of {self.device}"
 
+    def address(self) -> str:
+        """Return an address to listen at on what was asked for, an IPv4 one if it has one.
+
+        A QEMU up to 10.0 does not take IPv6 on RoCE.
+
+        Raises:
+            HostError: it has none.
+        """
+        assert self.device is not None
+        found = [self.gid] if self.gid else gids(self.device, active_port(self.device))[1]
+        hosts = sorted(
+            (gid.address for gid in found if gid.address), key=lambda host: (":" in host, host)
+        )
+        if not hosts:
+            raise HostError(
+                f"{self.device} has no IP address",
+                remedy="ip address show; or say where to listen: --uri rdma:ADDR:0",
+            )
+        return f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0]
+
     # ---- the source's end ----
 
     def sources(self, peer: addresses.SockAddr) -> list[addresses.SockAddr | None]:

@@ -50,11 +50,17 @@ class UnixAddress:
 
 @dataclass(frozen=True, slots=True)
 class FdAddress:
-    """``fd:NUMBER``: a descriptor that this process was started with."""
+    """``fd:NUMBER``: a descriptor that this process was started with.
+
+    Attributes:
+        number: of the descriptor.
+        peer: who is at its other end, for messages; empty where that is not known.
+    """
 
     scheme: ClassVar[str] = "fd"
 
     number: int
+    peer: str = ""
 
     def __str__(self) -> str:
         """The URI."""
