@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rdma_mig.cli import bench, clean, convert, doctor, incoming, inspect, outgoing, recover
+from rdma_mig.cli import bench, clean, convert, doctor, incoming, inspect, outgoing, recover, trace
 from rdma_mig.errors import ExitStatus, MigrationError
 
 __all__ = ["main"]
@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     recover.add_parser(commands)
     doctor.add_parser(commands)
     bench.add_parser(commands)
+    trace.add_parser(commands)
     return parser
 
 
