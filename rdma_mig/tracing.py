@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from rdma_mig.closing import Closing
 from rdma_mig.errors import UsageError
-from rdma_mig.wire.trace import TraceRecord
+from rdma_mig.wire.trace import encode_record
 
 __all__ = ["LONG_WAIT", "TRACE_VERSION", "Observer", "Observers", "Trace"]
 
@@ -104,13 +104,14 @@ class Trace(Closing):
 
     def record(self, kind: str, **fields: Any) -> None:
         """Write a record; its fields are those that rdma_mig.wire.trace has for the kind."""
-        line = TraceRecord(time.monotonic() - self._began, kind, fields).encode()
+        line = encode_record(time.monotonic() - self._began, kind, fields)
         with self._lock:
             if self._fd < 0:
                 return
             try:
-                while line:
-                    line = line[os.write(self._fd, line) :]
+                written = os.write(self._fd, line)
+                while written < len(line):
+                    written += os.write(self._fd, line[written:])
             except OSError as error:
                 self.failure = error.strerror or str(error)
                 self._close()
