@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """The fields of each kind, in the order in which they are written."""
 
-_NAMES = {kind: frozenset(names) for kind, names in KINDS.items()}
+_NAMES: Mapping[str, Set[str]] = {kind: frozenset(names) for kind, names in KINDS.items()}
 _TEMPLATES = {
     kind: '{"t":%r,"kind":"' + "".join([kind, '"', *(f',"{name}":%s' for name in names), "}\n"])
     for kind, names in KINDS.items()
@@ -51,7 +51,7 @@ def encode_record(t: float, kind: str, fields: Mapping[str, Any]) -> bytes:
 
     It is within what it tells of, some hundred times a second and more.
     """
-    if fields.keys() != _NAMES.get(kind):
+    if kind not in _NAMES or fields.keys() != _NAMES[kind]:
         raise LocalProtocolError(f"no trace record: {kind} with {sorted(fields)}")
     values = [_encoded(fields[name]) for name in KINDS[kind]]
     return (_TEMPLATES[kind] % (round(t, 6), *values)).encode("ascii")

@@ -71,5 +71,5 @@ def test_document_names_each_definition_and_its_keys():
         rows = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
         assert len(rows) == 1, name
         keys = definition.get("items", definition).get("properties", {})
-        documented = re.findall(r"`([a-z_]+)`", rows[0].split("|")[2])
+        documented = re.findall(r"`(\w+)`", rows[0].split("|")[2])
         assert documented == [key for key in keys if key != "event"], name
