@@ -504,6 +504,68 @@ def another_word_on_the_return_path(records: Records) -> int:
     return at
 
 
+@rule("ours-dynamic.out", "there is no state 'middle' of a phase")
+def phase_in_its_middle(records: Records) -> int:
+    at = find(records, "phase", number=1, state="end")
+    records[at]["state"] = "middle"
+    return at
+
+
+@rule("ours-dynamic.out", "a RAM phase behind the last one")
+def phase_behind_the_last(records: Records) -> int:
+    at = find(records, "out", -1, type="QEMU_FILE")
+    begin = records[find(records, "phase", number=1, state="begin")]
+    records.insert(at + 1, begin | {"number": 2, "t": records[at]["t"]})
+    return at + 1
+
+
+@rule("qemu-dynamic.in", "RAM phase 1 in round 0")
+def phase_without_its_round(records: Records) -> int:
+    records.pop(find(records, "round"))
+    return find(records, "phase", number=1, state="begin")
+
+
+@rule("ours-dynamic.out", "a round within a RAM phase")
+def round_within_a_phase(records: Records) -> int:
+    begin = find(records, "phase", number=1, state="begin")
+    return move(records, find(records, "round"), begin + 1)
+
+
+@rule("ours-dynamic.out", "a write of nothing")
+def write_of_nothing(records: Records) -> int:
+    at = find(records, "write")
+    records[at]["bytes"] = 0
+    return at
+
+
+@rule("ours-dynamic.out", "a write of 1 bytes over 2 chunks")
+def write_over_more_than_it_has(records: Records) -> int:
+    at = find(records, "write")
+    records[at] |= {"last": records[at]["chunk"] + 2, "bytes": 1}
+    return at
+
+
+@rule("ours-dynamic.out", "completed within a RAM phase")
+def completed_within_a_phase(records: Records) -> int:
+    begin = find(records, "phase", number=1, state="begin")
+    del records[begin + 1 : -1]
+    return len(records) - 1
+
+
+@rule("ours-return-path.out", "READY by the destination on the return path")
+def ready_from_the_wrong_side(records: Records) -> int:
+    at = find(records, "out", channel="return-path", type="READY")
+    records[at]["kind"] = "in"
+    return at
+
+
+@rule("ours-dynamic.in", "there is no state 'during' of the commit point")
+def during_the_commit_point(records: Records) -> int:
+    at = find(records, "commit")
+    records[at]["state"] = "during"
+    return at
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_first_violation_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trace, mutate, line = RULES[name]
