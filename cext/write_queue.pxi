@@ -14,6 +14,18 @@ cdef struct Target:
     uint64_t chunks
 
 
+# Spans that are kept between two calls of take_spans().
+DEF _SPANS = 256
+
+cdef struct Span:
+    int block
+    uint64_t first
+    uint64_t last
+    uint64_t writes
+    uint64_t bytes
+    bint whole
+
+
 cdef class WriteQueue:
     """Merges guest pages into RDMA writes: the one queue behind the per-page and the bulk call.
 
@@ -54,6 +66,9 @@ cdef class WriteQueue:
     cdef readonly uint64_t writes
     cdef readonly uint64_t bytes
     cdef bint opened
+    cdef bint noting
+    cdef int spans_used
+    cdef Span spans[_SPANS]
 
     def __cinit__(self):
         self.targets = NULL
@@ -160,6 +175,51 @@ cdef class WriteQueue:
                              f"{self.targets[block].length} bytes")
         return 0
 
+    def note_spans(self) -> None:
+        """Keep from now on which chunks are written, for take_spans()."""
+        self.noting = True
+
+    def take_spans(self) -> list[tuple[int, int, int, int, int, bool]]:
+        """What was written since the last call: (block, first chunk, last, writes, bytes, whole).
+
+        A span is of writes in a row, in one block, each in the chunk of the one before or in the
+        next. Where there are more than can be kept, the last one reaches over gaps: not ``whole``.
+        """
+        cdef int i
+        found = []
+        for i in range(self.spans_used):
+            found.append((self.spans[i].block, self.spans[i].first, self.spans[i].last,
+                          self.spans[i].writes, self.spans[i].bytes, bool(self.spans[i].whole)))
+        self.spans_used = 0
+        return found
+
+    cdef void note(self, int block, uint64_t start, uint64_t length) noexcept nogil:
+        cdef uint64_t first = start // self.chunk_size
+        cdef uint64_t last = (start + length - 1) // self.chunk_size
+        cdef Span *span
+        if self.spans_used > 0:
+            span = &self.spans[self.spans_used - 1]
+            if (span.block == block
+                    and ((span.last <= first <= span.last + 1) or self.spans_used == _SPANS)):
+                if not span.last <= first <= span.last + 1:
+                    span.whole = False
+                span.first = min(span.first, first)
+                span.last = max(span.last, last)
+                span.writes += 1
+                span.bytes += length
+                return
+            if self.spans_used == _SPANS:
+                # Of another block: only calls with one block each come between two take_spans().
+                return
+        span = &self.spans[self.spans_used]
+        self.spans_used += 1
+        span.block = block
+        span.first = first
+        span.last = last
+        span.writes = 1
+        span.bytes = length
+        span.whole = True
+
     cdef int write(self, int block, uint64_t start, uint64_t length) noexcept nogil:
         """Post one write; anything but DONE means that nothing was posted."""
         cdef Target *target = &self.targets[block]
@@ -198,6 +258,8 @@ cdef class WriteQueue:
         self.work.writes_outstanding += 1
         self.writes += 1
         self.bytes += length
+        if self.noting:
+            self.note(block, start, length)
         return _DONE
 
     cdef int flush_nogil(self) noexcept nogil:

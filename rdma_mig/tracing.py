@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the trace of a migration: each record is in the file before what it tells of goes on."""
+"""Who is told in detail what a migration does, as it does it.
+
+The trace is one of them: each record is in its file before what the record tells of goes on.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,54 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rdma_mig.closing import Closing
 from rdma_mig.errors import UsageError
-from rdma_mig.wire.trace import TraceRecord
+from rdma_mig.wire.trace import encode_record
 
-__all__ = ["LONG_WAIT", "TRACE_VERSION", "Trace"]
+__all__ = ["LONG_WAIT", "TRACE_VERSION", "Observer", "Observers", "Trace"]
 
-TRACE_VERSION = 1
-LONG_WAIT = 1.0
+TRACE_VERSION = 2
+LONG_WAIT = 0.1
 """A wait of so many seconds is a record of its own."""
+
+
+class Observer(Protocol):
+    """Is told of each record, on the thread that does what it tells of; it must not raise."""
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Take a record; its fields are those that rdma_mig.wire.trace has for the kind."""
+        ...
+
+    def waited(self, awaited: str, began: float) -> None:
+        """Take note of a wait that began at this moment of time.monotonic(), and is over."""
+        ...
+
+
+class Observers:
+    """Several observers in the place of one; they are their owners' to close."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    @classmethod
+    def of(cls, *observers: Observer | None) -> Observer | None:
+        """Return what stands for those that are there: None, the only one, or all."""
+        present = [observer for observer in observers if observer is not None]
+        if len(present) < 2:
+            return present[0] if present else None
+        return cls(*present)
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Tell all of them."""
+        for observer in self._observers:
+            observer.record(kind, **fields)
+
+    def waited(self, awaited: str, began: float) -> None:
+        """Tell all of them."""
+        for observer in self._observers:
+            observer.waited(awaited, began)
 
 
 class Trace(Closing):
@@ -64,13 +104,14 @@ class Trace(Closing):
 
     def record(self, kind: str, **fields: Any) -> None:
         """Write a record; its fields are those that rdma_mig.wire.trace has for the kind."""
-        line = TraceRecord(time.monotonic() - self._began, kind, fields).encode()
+        line = encode_record(time.monotonic() - self._began, kind, fields)
         with self._lock:
             if self._fd < 0:
                 return
             try:
-                while line:
-                    line = line[os.write(self._fd, line) :]
+                written = os.write(self._fd, line)
+                while written < len(line):
+                    written += os.write(self._fd, line[written:])
             except OSError as error:
                 self.failure = error.strerror or str(error)
                 self._close()

@@ -96,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MigrationError: it failed; the exit status is the error's.
     """
-    from rdma_mig.cli.reporting import Reporter, drive, tracing_to
+    from rdma_mig.cli.following import following
+    from rdma_mig.cli.reporting import Reporter, drive
     from rdma_mig.cli.signals import cancelled_by_signals
     from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.receive import SnapshotDestination
-    from rdma_mig.migration.state import Migration
     from rdma_mig.migration.uris import qemu_start_incoming_migration
 
     # Before anything is made on disk: what is wrong with the command line itself.
@@ -109,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
         as_json=args.json, quiet=args.quiet, verbose=args.verbose, ready_fd=args.ready_fd
     )
     with (
-        tracing_to(args.trace, "incoming", reporter) as trace,
-        Migration(reporter, trace) as migration,
+        following(args, "incoming", args.output, reporter) as followers,
+        followers.migration() as migration,
         cancelled_by_signals(migration.cancel),
     ):
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
                     f"{left} is left from a run that did not finish; remove it: "
                     f"rdma-migrate clean --remove {shlex.quote(args.output)}"
                 )
-            return drive(migration, reporter, start)
+            return drive(migration, followers, start)
         finally:
             migration.close()
             destination.close()

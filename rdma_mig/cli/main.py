@@ -23,6 +23,7 @@ from rdma_mig.cli import (
     outgoing,
     recover,
     restore,
+    trace,
 )
 from rdma_mig.cli.signals import interrupted_by_signals
 from rdma_mig.errors import ExitStatus, MigrationError
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     recover.add_parser(commands)
     doctor.add_parser(commands)
     bench.add_parser(commands)
+    trace.add_parser(commands)
     return parser
 
 

@@ -7,12 +7,13 @@ import argparse
 import ipaddress
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rdma_mig.migration.rdma import RdmaOptions
 
-__all__ = ["add_common", "index", "network", "rdma_options", "seconds", "size"]
+__all__ = ["add_common", "host_port", "index", "network", "rdma_options", "seconds", "size"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -45,6 +46,19 @@ def seconds(text: str) -> float:
     if not 0 < value <= 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """Parse PORT, or ADDRESS:PORT with an IPv6 address in brackets; loopback by default."""
+    host, colon, port = text.rpartition(":")
+    host = host if colon else "127.0.0.1"
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not (host and port.isascii() and port.isdigit() and int(port[:6]) < 65536):
+        raise argparse.ArgumentTypeError(f"{text[:64]!r} is no [ADDRESS:]PORT such as 9470")
+    return host, int(port)
 
 
 def index(text: str) -> int:
@@ -87,6 +101,19 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--trace",
         metavar="FILE",
         help="write what happens to this file: control messages, registrations, the commit point",
+    )
+    output.add_argument(
+        "--metrics-file",
+        type=Path,
+        metavar="FILE",
+        help="keep figures for Prometheus in this file, such as node_exporter's textfile collector "
+        "reads (a name that ends in .prom); needs prometheus_client, the extra 'metrics'",
+    )
+    output.add_argument(
+        "--metrics-port",
+        type=host_port,
+        metavar="[ADDRESS:]PORT",
+        help="serve them over HTTP while it runs, on loopback unless an address is given",
     )
     output.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary")
     output.add_argument("-v", "--verbose", action="store_true", help="say more of the connection")

@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MigrationError: it failed; the exit status is the error's.
     """
-    from rdma_mig.cli.reporting import Reporter, drive, tracing_to
+    from rdma_mig.cli.following import following
+    from rdma_mig.cli.reporting import Reporter, drive
     from rdma_mig.cli.signals import cancelled_by_signals
     from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.send import SnapshotSource
-    from rdma_mig.migration.state import Migration
     from rdma_mig.migration.uris import qemu_start_outgoing_migration
     from rdma_mig.snapshot import Snapshot
 
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with (
         Snapshot.open(args.directory) as snapshot,
-        tracing_to(args.trace, "outgoing", reporter) as trace,
-        Migration(reporter, trace) as migration,
+        following(args, "outgoing", args.directory, reporter) as followers,
+        followers.migration() as migration,
         cancelled_by_signals(migration.cancel),
     ):
         if before := snapshot.restorations():
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             )
 
         try:
-            return drive(migration, reporter, start)
+            return drive(migration, followers, start)
         finally:
             migration.close()
             source.close()

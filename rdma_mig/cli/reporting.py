@@ -9,9 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
+from rdma_mig.cli.progress import terminal_display, words_of
 from rdma_mig.errors import MigrationError, UsageError
+from rdma_mig.metrics.meter import Meter
 from rdma_mig.migration.events import (
     Completed,
     Connected,
@@ -21,29 +23,14 @@ from rdma_mig.migration.events import (
     Warned,
 )
 from rdma_mig.migration.state import Migration
+from rdma_mig.trace.show import size_of
 from rdma_mig.tracing import Trace
 
 __all__ = ["Reporter", "drive", "tracing_to"]
 
-_PHASES = {
-    "load": "reading the snapshot",
-    "setup": "preparing memory",
-    "round": "RAM round",
-    "transfer": "writing RAM to the destination",
-    "device-state": "receiving device state",
-    "write": "writing the snapshot",
-}
 _INTERVAL = 1.0
 # Addresses at which a source is awaited; elsewhere something is read that is there already.
 _AWAITED = ("rdma:", "tcp:", "unix:")
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 class Reporter:
@@ -73,6 +60,8 @@ class Reporter:
         self._ready_fd = ready_fd
         self._phase = ""
         self._last = 0.0
+        self._meter = Meter()
+        self._display = None if as_json or quiet else terminal_display(self._meter)
         if ready_fd is not None:
             try:
                 os.fstat(ready_fd)
@@ -81,6 +70,7 @@ class Reporter:
 
     def __call__(self, event: MigrationEvent) -> None:
         """Show one event; called on the migration's thread."""
+        self._meter.event(event)
         if isinstance(event, Listening):
             self._ready(event.uri)
         try:
@@ -92,12 +82,23 @@ class Reporter:
             # Nobody reads any more. That is no reason to lose a virtual machine.
             self._quiet = True
 
+    def follow(self, migration: Migration) -> None:
+        """Look at this migration's counters between its events."""
+        self._meter.migration = migration
+
+    def close(self) -> None:
+        """Leave a terminal's line as it is, for what is printed next. Idempotent."""
+        if self._display is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._display.stop()
+
     def warn(self, message: str) -> None:
         """Show a warning that no migration event stands for."""
         self(Warned(message))
 
     def failed(self, error: MigrationError) -> None:
         """Add the failure to the JSON events."""
+        self.close()
         if self._json:
             try:
                 self._print_json(
@@ -140,43 +141,46 @@ class Reporter:
             case Progress() if not self._quiet:
                 self._progress(event)
             case Completed() if not self._quiet:
+                self.close()
                 self._summary(event)
             case _ if not self._quiet and (text := event.text()):
+                self._note(text)
+
+    def note(self, text: str) -> None:
+        """Say something beside what is asked for, unless nothing is to be said."""
+        if not self._quiet:
+            with contextlib.suppress(OSError, ValueError):
                 self._note(text)
 
     def _note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def _progress(self, event: Progress) -> None:
+        if self._display is not None:
+            self._display.start()
+            return
         now = time.monotonic()
         if event.phase == self._phase and now - self._last < _INTERVAL:
             return
         self._phase, self._last = event.phase, now
-        text = _PHASES.get(event.phase, event.phase)
-        if event.phase == "round":
-            text = f"{text} {event.done}"
-        elif event.total and event.done:
-            text = f"{text}: {100 * event.done // event.total} % of {_size(event.total)}"
-        elif event.total or event.done:
-            text = f"{text}: {_size(event.total or event.done)}"
-        self._note(text)
+        self._note(words_of(self._meter.look()))
 
     def _summary(self, event: Completed) -> None:
         incoming = event.normal_pages + event.duplicate_pages == 0
         how = f"in {event.writes} writes" if event.writes else "in the stream"
         moved = (
-            f"{_size(event.bytes)} of RAM ({event.pages} pages), of it "
-            f"{_size(event.nonzero_bytes)} not zero"
+            f"{size_of(event.bytes)} of RAM ({event.pages} pages), of it "
+            f"{size_of(event.nonzero_bytes)} not zero"
             if incoming
-            else f"{_size(event.bytes)} ({event.pages} pages) {how}"
+            else f"{size_of(event.bytes)} ({event.pages} pages) {how}"
         )
         disk = "writing" if incoming else "loading"
         lines = [
             f"{'received from' if incoming else 'sent to'} {event.peer}: {moved}",
-            f"  device state  {_size(event.device_state_bytes)}",
+            f"  device state  {size_of(event.device_state_bytes)}",
             f"  rounds        {event.rounds}",
             f"  setup         {event.setup_seconds:.3f} s",
-            f"  transfer      {event.transfer_seconds:.3f} s ({_size(event.bytes_per_second)}/s)",
+            f"  transfer      {event.transfer_seconds:.3f} s ({size_of(event.bytes_per_second)}/s)",
             f"  {disk}       {event.writing_seconds:.3f} s",
             f"  snapshot      {event.path}",
             f"  confirmed     {event.confirmed}",
@@ -198,7 +202,15 @@ def tracing_to(path: str | None, role: str, reporter: Reporter) -> Iterator[Trac
                 reporter.warn(f"the trace in {path} ends early: {trace.failure}")
 
 
-def drive(migration: Migration, reporter: Reporter, start: Callable[[], object]) -> int:
+class Failing(Protocol):
+    """Is told of a failure."""
+
+    def failed(self, error: MigrationError) -> None:
+        """Take note of why it failed."""
+        ...
+
+
+def drive(migration: Migration, reporter: Failing, start: Callable[[], object]) -> int:
     """Run a migration to its end.
 
     Args:

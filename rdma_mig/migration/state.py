@@ -12,9 +12,9 @@ from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.closing import Closing
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.migration import notifiers
-from rdma_mig.migration.events import MigrationEvent, Warned
+from rdma_mig.migration.events import Connected, MigrationEvent, Warned
 from rdma_mig.migration.status import MigrationState, MigrationStatus, clock_ms
-from rdma_mig.tracing import Trace
+from rdma_mig.tracing import Observer
 from rdma_mig.waits import Cancel
 
 __all__ = [
@@ -66,7 +66,7 @@ class Migration(Closing):
     def __init__(
         self,
         on_event: Callable[[MigrationEvent], None] | None = None,
-        trace: Trace | None = None,
+        trace: Observer | None = None,
         state: MigrationState | None = None,
     ) -> None:
         self.trace = trace
@@ -238,6 +238,15 @@ class Migration(Closing):
 
     def emit(self, event: MigrationEvent) -> None:
         """Tell whoever follows this migration."""
+        if isinstance(event, Connected) and self.trace is not None:
+            self.trace.record(
+                "connected",
+                peer=event.peer,
+                local=event.local,
+                device=event.device,
+                transport=event.transport,
+                pin_all=event.pin_all,
+            )
         if self._on_event is not None:
             self._on_event(event)
 

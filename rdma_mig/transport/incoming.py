@@ -256,6 +256,7 @@ class RdmaIncoming:
         """Answer requests until the source ends the phase (docs/protocol.md, RAM phases)."""
         if self._ram is None:
             raise LocalProtocolError("a registration phase before the RAM is known")
+        self._note_phase("begin")
         while True:
             message = self.control.receive("a registration request or the end of the RAM phase")
             match message.type:
@@ -266,6 +267,7 @@ class RdmaIncoming:
                         raise RemoteProtocolError(
                             f"{self.peer} ended setup without asking for the RAM blocks"
                         )
+                    self._note_phase("end")
                     self.phases += 1
                     return
                 case ControlType.REGISTER_REQUEST if self._exchanged and not self.pin_all:
@@ -279,6 +281,10 @@ class RdmaIncoming:
                         f"{self.peer} sent {message.type.name} in a registration phase"
                     )
 
+    def _note_phase(self, state: str) -> None:
+        if self._trace is not None:
+            self._trace.record("phase", number=self.phases, state=state)
+
     def _answer_blocks(self, ram: GuestRam) -> None:
         if self._exchanged:
             raise RemoteProtocolError(f"{self.peer} asked twice for the RAM blocks")
@@ -288,6 +294,9 @@ class RdmaIncoming:
         keys = [0] * len(ram)
         if self.pin_all:
             ram.populate(lambda: self._cancel.requested)
+            if self._trace is not None:
+                seconds = round(time.monotonic() - began, 6)
+                self._trace.record("populate", bytes=ram.total, seconds=seconds)
             for guest in ram:
                 keys[guest.index] = self._endpoint.register(
                     guest.memory.address,

@@ -46,6 +46,7 @@ from rdma_mig.wire.stream import encode_hook
 
 if TYPE_CHECKING:
     from rdma_mig import _verbs
+    from rdma_mig.tracing import Observer
 
 __all__ = ["RETURN_PATH_PING", "STREAM_MESSAGE", "RdmaOutgoing"]
 
@@ -61,6 +62,11 @@ _RETURN_PATH_SECONDS = 5.0
 
 # A QEMU destination ends the connection itself, some 50 ms after the last byte.
 _DISCONNECT_SECONDS = 5.0
+
+
+def _name(guest: GuestBlock) -> str:
+    """What messages and the trace call a block's memory."""
+    return f"RAM block {guest.block.idstr}"
 
 
 class RdmaOutgoing:
@@ -112,6 +118,7 @@ class RdmaOutgoing:
         self._file: QEMUFile | None = None  # where runs are accounted: the phase's
         self._in_setup = False
         self._exchanged = False
+        self._phases = 0
         self._records: list[RamBlockRecord] = []
         extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
         asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
@@ -136,6 +143,9 @@ class RdmaOutgoing:
                 issued=self._issued,
             )
             self._queue.deadline_ns = limits.total.ns
+            self._trace = self._endpoint.trace
+            if self._trace is not None:
+                self._queue.note_spans()
         except BaseException:
             self.close()
             raise
@@ -217,6 +227,24 @@ class RdmaOutgoing:
     def _issued(self, size: int) -> None:
         if self._file is not None:
             self._file.account(size, zero=False)
+        if self._trace is not None:
+            self._note_writes(self._trace)
+
+    def _note_writes(self, trace: Observer) -> None:
+        for index, first, last, writes, size, whole in self._queue.take_spans():
+            trace.record(
+                "write",
+                block=_name(self._ram[index]),
+                chunk=first,
+                last=last,
+                whole=whole,
+                writes=writes,
+                bytes=size,
+            )
+
+    def _note_phase(self, state: str) -> None:
+        if self._trace is not None:
+            self._trace.record("phase", number=self._phases, state=state)
 
     def _own_thread(self) -> None:
         if threading.get_ident() != self._thread:
@@ -250,6 +278,7 @@ class RdmaOutgoing:
         self._file = file
         file.put(encode_hook())
         file.flush()
+        self._note_phase("begin")
         if flags == _SETUP:
             self._in_setup = True
         else:
@@ -271,10 +300,13 @@ class RdmaOutgoing:
             self._wait_writes()
             self._queue.close()
         self.control.send(ControlMessage(ControlType.REGISTER_FINISHED))
+        self._note_phase("end")
+        self._phases += 1
 
     def _wait_writes(self) -> None:
         """Wait until every write has completed; as long as some do, that is no stall."""
         work = self._endpoint.queue
+        began = time.monotonic()
         while True:
             before = work.completions
             try:
@@ -287,6 +319,8 @@ class RdmaOutgoing:
                 if work.completions > before and not self._limits.total.passed:
                     continue
                 raise
+            if self._trace is not None:
+                self._trace.waited("the completion of all writes", began)
             return
 
     def load_hook(self, file: QEMUFile, flags: int, data: object) -> None:
@@ -339,7 +373,7 @@ class RdmaOutgoing:
                 self._endpoint.register(
                     guest.memory.address + first,
                     size,
-                    what=f"RAM block {guest.block.idstr}",
+                    what=_name(guest),
                     remote_write=False,
                     holder=guest.memory.hold("its memory region"),
                     chunk=chunk,
@@ -370,12 +404,16 @@ class RdmaOutgoing:
         def register() -> None:
             if not self.pin_all:
                 return
+            populating = time.monotonic()
             self._ram.populate(lambda: self._cancel.requested)
+            if self._trace is not None:
+                seconds = round(time.monotonic() - populating, 6)
+                self._trace.record("populate", bytes=self._ram.total, seconds=seconds)
             for guest in self._ram:
                 region = self._endpoint.register(
                     guest.memory.address,
                     guest.block.length,
-                    what=f"RAM block {guest.block.idstr}",
+                    what=_name(guest),
                     remote_write=False,
                     holder=guest.memory.hold("its memory region"),
                 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,7 +33,7 @@ from rdma_mig.waits import Cancel, Deadline
 
 if TYPE_CHECKING:
     from rdma_mig import _verbs
-    from rdma_mig.tracing import Trace
+    from rdma_mig.tracing import Observer
     from rdma_mig.verbs.events import EventChannel
 
 __all__ = ["RNR_RETRY_FOREVER", "Endpoint", "EndpointOptions", "Holder"]
@@ -81,7 +82,7 @@ class EndpointOptions:
     silence_seconds: float = 11.0
     device: str | None = None
     gid_index: int | None = None
-    trace: Trace | None = None
+    trace: Observer | None = None
 
 
 class Endpoint(Closing):
@@ -270,6 +271,7 @@ class Endpoint(Closing):
             HostError: the memory cannot be pinned; ``what`` names it in the message. The holder has
                 been released then.
         """
+        began = time.monotonic()
         try:
             region: _verbs.MemoryRegion = self._verbs.MemoryRegion(
                 self._pd, address, length, remote_write=remote_write, holder=holder
@@ -283,7 +285,8 @@ class Endpoint(Closing):
         self._regions.append(region)
         if self.trace is not None:
             self._traced[region] = (what, chunk, length)
-            self.trace.record("register", block=what, chunk=chunk, bytes=length)
+            seconds = round(time.monotonic() - began, 6)
+            self.trace.record("register", block=what, chunk=chunk, bytes=length, seconds=seconds)
         return region
 
     def deregister(self, region: _verbs.MemoryRegion) -> None:

@@ -18,7 +18,7 @@ from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 
 if TYPE_CHECKING:
-    from rdma_mig.tracing import Trace
+    from rdma_mig.tracing import Observer
 
 __all__ = ["Event", "EventChannel", "event_error", "no_answer", "nobody_listens"]
 
@@ -72,7 +72,7 @@ class EventChannel:
         trace: told of every event; None for no trace.
     """
 
-    def __init__(self, trace: Trace | None = None) -> None:
+    def __init__(self, trace: Observer | None = None) -> None:
         self._trace = trace
         require_rdma()
         self._verbs = load()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from channel_kit import Stored, assert_same_memory
+from harness.output import check_output
 from support import Command
 
 
@@ -48,10 +49,10 @@ def test_target_that_exists_stays_as_it_is(tmp_path: Path, stored: Stored):
 def test_inspect_reads_the_stream_of_a_qemu(tmp_path: Path, stored: Stored):
     with Command("inspect", stored.stream, "--json") as command:
         command.succeed()
-        report = json.loads(command.stdout)
+        report = check_output("inspect-stream", json.loads(command.stdout))
     with Command("inspect", stored.directory, "--json") as command:
         command.succeed()
-        kept = json.loads(command.stdout)
+        kept = check_output("inspect", json.loads(command.stdout))
     assert report["machine"] == kept["machine"]
     assert report["devices"] == kept["description"]["devices"]
     assert report["ram"]["length"] == kept["ram"]["length"]

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "snapshot"))
 
 import snapshot_kit
+from harness.output import check_output
 
 from rdma_mig.errors import (
     ExitStatus,
@@ -250,6 +252,7 @@ def test_failure_as_json_too(tmp_path):
                  prefix=without_device())  # fmt: skip
     assert result.returncode == 3
     (event,) = map(json.loads, result.stdout.splitlines())
+    check_output("failed", event)
     assert event["event"] == "failed"
     assert event["exit_status"] == 3
     assert event["message"] == "this host has no RDMA device"

@@ -20,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import Qemu
+from harness.output import check_output
 from test_cli_usage import COMMAND, one_line, run, without_device
 
 LEVELS = ("ok", "warning", "blocker")
@@ -29,7 +30,7 @@ def findings(*options: str, status: int = 3, prefix: list[str] | None = None) ->
     """Run doctor without a device; return the findings of each check."""
     result = run("doctor", "--json", *options, prefix=[*(prefix or []), *without_device()])
     assert (result.returncode, result.stderr) == (status, "")
-    report = json.loads(result.stdout)
+    report = check_output("doctor", json.loads(result.stdout))
     assert set(report) == {"host", "level", "findings"}
     assert report["host"] == socket.gethostname()
     by_check: dict[str, list] = {}
@@ -264,7 +265,7 @@ def test_two_hosts_without_rdma_tell_each_other_so():
         asked = run("doctor", "--json", "--peer", peer, prefix=without_device())
         output, told = process.communicate(timeout=30)
     assert (asked.returncode, process.returncode, told) == (3, 3, "")
-    ours, theirs = json.loads(asked.stdout), json.loads(output)
+    ours, theirs = (check_output("doctor", json.loads(text)) for text in (asked.stdout, output))
     assert ours["path"] == theirs["path"]
     assert ours["path"]["level"] == "blocker"
     assert "takes no RDMA" in ours["path"]["message"]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "snapshot"))
 
 import snapshot_kit as kit
+from harness.output import check_output
 
 from rdma_mig.cli import inspect
 from rdma_mig.errors import SnapshotError
@@ -55,7 +57,7 @@ def test_text(kept, capsys):
 
 def test_json(kept, capsys):
     assert run(kept, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = check_output("inspect", json.loads(capsys.readouterr().out))
     manifest = json.loads((kept / "manifest.json").read_bytes())
     assert report["path"] == str(kept)
     assert report["format_version"] == 1
@@ -103,7 +105,7 @@ def test_shared_blocks(tmp_path, capsys):
     assert "4.0 MiB" in row
     assert "shared" in row
     assert run(kept, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = check_output("inspect", json.loads(capsys.readouterr().out))
     assert report["format_version"] == 2
     assert [block["name"] for block in report["ram"]["blocks"]] == [b.idstr for b in kit.BLOCKS]
     assert report["ram"]["shared_blocks"] == [
@@ -121,7 +123,8 @@ def test_verify(kept, capsys):
     assert run(kept, "--verify") == 0
     assert "every byte agrees with its digest" in capsys.readouterr().out
     assert run(kept, "--verify", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["verified"] is True
+    report = check_output("inspect", json.loads(capsys.readouterr().out))
+    assert report["verified"] is True
     with (kept / "ram/0.raw").open("r+b") as file:
         file.seek(2 * MIB + 4095)
         file.write(b"\x03")
@@ -148,7 +151,7 @@ def test_without_known_devices(tmp_path, capsys, description, told):
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("devices"))
     assert told in line
     assert run(kept, "--json") == 0
-    report = json.loads(capsys.readouterr().out)["description"]
+    report = check_output("inspect", json.loads(capsys.readouterr().out))["description"]
     assert report is None if description is None else report["devices"] is None
     assert description is None or told in report["error"]
 
@@ -165,7 +168,7 @@ def test_what_the_source_named_does_not_reach_the_terminal_raw(tmp_path, capsys)
     assert all(line.isprintable() for line in out.splitlines())
     assert r"pc\x1b]0;x\x07\udc80\n.ram" in out
     assert run(kept, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = check_output("inspect", json.loads(capsys.readouterr().out))
     assert report["ram"]["blocks"][0]["name"] == block.idstr
 
 

@@ -92,7 +92,7 @@ def test_long_waits_are_told(tmp_path, monkeypatch):
     now = 100.0
     monkeypatch.setattr(tracing.time, "monotonic", lambda: now)
     with Trace(tmp_path / "trace", "incoming") as trace:
-        trace.waited("a short one", 99.5)
+        trace.waited("a short one", 99.95)
         trace.waited("a long one", 97.0)
     (wait,) = [record for record in records(tmp_path / "trace") if record.kind == "wait"]
     assert wait.fields == {"awaited": "a long one", "seconds": 3.0}

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import pytest
 from harness import PAGE_SIZE, Qemu, device_address, heartbeats_in
 from harness.files import Buffer
+from harness.output import check_output
 
 _T = TypeVar("_T")
 
@@ -168,8 +169,12 @@ class Command:
         return "\n".join(lines)
 
     def events(self) -> list[dict[str, Any]]:
-        """The events of ``--json``, whole lines only."""
-        return [json.loads(line) for line in self.stdout.split("\n")[:-1]]
+        """The events of ``--json``, whole lines only; each is as the schema has it."""
+        told = [json.loads(line) for line in self.stdout.split("\n")[:-1]]
+        if {"incoming", "outgoing", "convert"} & set(self.command):
+            for event in told:
+                check_output("event", event)
+        return told
 
     def event(self, name: str) -> dict[str, Any]:
         """The one event of that name."""

@@ -22,6 +22,7 @@ from typing import Any
 import harness
 import pytest
 from harness import Guest, Qemu, differences, free_port, read_blocks, snapshot_blocks
+from harness.output import check_output
 from support import (
     RDMA_MIGRATE,
     Command,
@@ -126,7 +127,8 @@ def test_killed_when_the_source_has_let_go(tmp_path: Path, sync: str):
             kill(incoming)
         assert source.wait_status("postmigrate") == "postmigrate"
         partial = tmp_path / f"kept.partial-{incoming.process.pid}"
-        listed = json.loads(rdma_migrate("clean", kept, "--remove", "--json").stdout)
+        shown = rdma_migrate("clean", kept, "--remove", "--json").stdout
+        listed = check_output("clean", json.loads(shown))
         if sync == "after":
             # RAM was in the memory of the process and is gone: the source has the machine.
             assert [(each["has_ram"], each["removed"]) for each in listed] == [(False, True)]

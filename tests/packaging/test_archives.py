@@ -106,7 +106,7 @@ def test_every_source_file_names_its_licence(sdist_files):
 def test_wheel_holds_the_package_and_nothing_else(built, tree):
     name, wheel = built
     sources = kit.check(["git", "ls-files", "-z", "rdma_mig"], cwd=tree).split("\0")[:-1]
-    assert all(source.endswith((".py", ".pyi", "py.typed")) for source in sources)
+    assert all(source.endswith((".py", ".pyi", ".json", "py.typed")) for source in sources)
     layers = ["_dirty", "_pages", "_stream", *(["_verbs"] if name == "wheel" else [])]
     assert set(members(wheel)) == {
         *sources,

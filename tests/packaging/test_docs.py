@@ -17,7 +17,7 @@ from pathlib import Path
 import packaging_kit as kit
 import pytest
 
-from rdma_mig.cli import reporting
+from rdma_mig.cli import progress, reporting
 from rdma_mig.cli.main import build_parser
 from rdma_mig.errors import ExitStatus, MigrationError
 from rdma_mig.migration import events
@@ -226,9 +226,9 @@ def test_events():
 def test_phases():
     text = section(README, "Events")
     (sentence,) = re.findall(r"`phase` is one of ([^;]*);", text)
-    assert set(code_words(sentence)) == set(reporting._PHASES)
+    assert set(code_words(sentence)) == set(progress.PHASES)
     source = "".join(path.read_text() for path in (ROOT / "rdma_mig" / "migration").glob("*.py"))
-    assert set(re.findall(r'Progress\("([\w-]+)"', source)) == set(reporting._PHASES)
+    assert set(re.findall(r'Progress\("([\w-]+)"', source)) == set(progress.PHASES)
 
 
 def test_markers():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import rdma_kit as kit
+from harness.output import check_output
 
 COMMAND = str(Path(sys.executable).with_name("rdma-migrate"))
 
@@ -85,7 +86,10 @@ class Incoming:
         """Wait for its end, which must be exit status 0, and return all events."""
         output, _ = self.process.communicate(timeout=kit.patience(30))
         assert self.process.returncode == 0, output
-        return [*self.before, *map(json.loads, output.splitlines())]
+        return [
+            check_output("event", event)
+            for event in [*self.before, *map(json.loads, output.splitlines())]
+        ]
 
 
 @contextlib.contextmanager

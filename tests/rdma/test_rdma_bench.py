@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import rdma_kit as kit
+from harness.output import check_output
 
 COMMAND = Path(sys.executable).with_name("rdma-migrate")
 
@@ -45,7 +46,7 @@ def bench(*arguments: str) -> dict:
         said, told = server.communicate(timeout=30)
         assert (server.returncode, told) == (0, "")
         assert said.startswith("measured with ")
-    return json.loads(done.stdout)
+    return check_output("bench", json.loads(done.stdout))
 
 
 def test_what_is_measured_and_what_follows():

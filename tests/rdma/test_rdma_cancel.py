@@ -171,7 +171,9 @@ def test_trace_of_a_whole_migration(kept: Path, room: Path, pin_all: bool):
         got = [each["type"] for each in told[mirror] if each["kind"] == "in"]
         assert sent == got
         registered = [
-            {**each, "kind": "", "t": 0} for each in told[name] if each["kind"] == "register"
+            {key: value for key, value in each.items() if key != "seconds"} | {"kind": "", "t": 0}
+            for each in told[name]
+            if each["kind"] == "register"
         ]
         withdrawn = [
             {**each, "kind": "", "t": 0} for each in told[name] if each["kind"] == "deregister"
@@ -179,6 +181,8 @@ def test_trace_of_a_whole_migration(kept: Path, room: Path, pin_all: bool):
         assert sorted(map(str, registered)) == sorted(map(str, withdrawn))
         assert all((each["chunk"] is None) == pin_all for each in registered)
         assert told[name][-1]["status"] == "completed"
+    checked = command.run("trace", "check", room / "in", room / "out")
+    assert checked.returncode == 0, checked.stderr
     commits = [(each["by"], each["state"]) for each in told["in"] if each["kind"] == "commit"]
     assert commits == [("FINAL_ACK", "before"), ("FINAL_ACK", "passed")]
     commits = [(each["by"], each["state"]) for each in told["out"] if each["kind"] == "commit"]

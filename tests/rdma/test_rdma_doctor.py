@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import rdma_command as command
 import rdma_kit as kit
+from harness.output import check_output
 
 pytestmark = pytest.mark.rdma
 
@@ -79,7 +80,7 @@ def test_both_hosts_and_the_path_between_them(address):
         server.kill()
         server.communicate()
     assert (asked.returncode, server.returncode) == (0, 0), asked.stdout + asked.stderr
-    ours, theirs = json.loads(asked.stdout), json.loads(output)
+    ours, theirs = (check_output("doctor", json.loads(text)) for text in (asked.stdout, output))
     assert ours["path"] == theirs["path"]
     assert ours["path"]["level"] == "ok"
     device, _ = kit.device()

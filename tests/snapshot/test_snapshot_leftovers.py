@@ -6,9 +6,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import snapshot_kit as kit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.output import check_output
 
 from rdma_mig.cli.main import main
 from rdma_mig.snapshot import Snapshot, SnapshotWriter
@@ -38,7 +44,8 @@ def test_everything_is_listed_and_nothing_is_changed(tmp_path, memories, capsys,
     (tmp_path / "vm.partial-x").mkdir()
     (tmp_path / "vm.partial-8").write_text("a file")
     before = sorted(os.listdir(tmp_path))
-    found = json.loads(clean(capsys, tmp_path / "vm" if by_name else tmp_path, "--json"))
+    shown = clean(capsys, tmp_path / "vm" if by_name else tmp_path, "--json")
+    found = check_output("clean", json.loads(shown))
     assert [(os.path.basename(entry["path"]), entry["kind"]) for entry in found] == [
         *([] if by_name else [("other.partial-7", "partial")]),
         ("vm.incomplete", "incomplete"),
