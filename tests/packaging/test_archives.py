@@ -159,6 +159,7 @@ def check_metadata(raw: bytes) -> None:
     assert set(metadata.get_all("Provides-Extra")) == {
         "pypi",
         "completion",
+        "qmp",
         "test",
         "fuzz",
         "dev",
