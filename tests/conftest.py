@@ -73,7 +73,6 @@ IN_EVERY_RUN = (
     "[pin-all]",
     "rdma/test_rdma_live.py::test_guest_goes_to_another_process[pin-all-64]",
     "rdma/test_rdma_live.py::test_guest_goes_to_another_process[dynamic-64]",
-    "rdma/test_rdma_live.py::test_what_the_kernel_finds_is_sent[dynamic]",
     "rdma/test_rdma_live.py::test_writer_faster_than_the_link_ends_by_the_time_limit_and_says_so"
     "[dynamic]",
     "rdma/test_rdma_lost_peer.py::test_killed_source_is_noticed[in the last phase]",

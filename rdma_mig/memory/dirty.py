@@ -377,13 +377,15 @@ class Choice:
     refused: dict[str, str]
 
 
-def choose_tracker(ram: GuestRam, *, can_stop: bool = False) -> Choice:
+def choose_tracker(ram: GuestRam, *, can_stop: bool = False, registered: bool = False) -> Choice:
     """Take the best tracker that the kernel has; each is tried on a page of its own.
 
     Args:
         ram: the guest's.
         can_stop: whether the writers can be stopped again and again while the guest migrates,
             without which `SoftDirty` is no choice.
+        registered: whether RAM is registered with an RDMA device while it is tracked, as a
+            migration over RDMA does, which rules `UffdWriteProtect` out.
 
     Raises:
         HostError: there is none; says why.
@@ -391,7 +393,11 @@ def choose_tracker(ram: GuestRam, *, can_stop: bool = False) -> Choice:
     refused: dict[str, str] = {}
     kinds: list[type[PagemapScan] | type[UffdWriteProtect]] = [PagemapScan, UffdWriteProtect]
     for kind in kinds:
-        if not (reason := kind.unsupported()):
+        reason = kind.unsupported()
+        if registered and kind is UffdWriteProtect and not reason:
+            # The kernel does not wait for our thread there: ibv_reg_mr says EFAULT.
+            reason = "memory that it protects cannot be registered with an RDMA device"
+        if not reason:
             return Choice(kind(ram), refused)
         refused[kind.__name__] = reason
     if not can_stop:

@@ -274,6 +274,8 @@ def test_next_best_is_taken_and_the_reasons_are_told(ram, monkeypatch):
     choice = choose_tracker(ram)
     assert isinstance(choice.tracker, UffdWriteProtect)
     assert choice.refused == {"PagemapScan": "too old"}
+    with pytest.raises(HostError, match="cannot be registered with an RDMA device"):
+        choose_tracker(ram, registered=True)
     monkeypatch.setattr(UffdWriteProtect, "unsupported", lacking("forbidden"))
     monkeypatch.setattr(SoftDirty, "unsupported", lacking(""))
     choice = choose_tracker(ram, can_stop=True)

@@ -50,7 +50,7 @@ def test_what_the_kernel_finds_is_sent(pin_all):
     uri = f"rdma:{kit.device()[1]}:0"
     with Destination(uri, 32) as destination, guest_of(32) as guest:
         try:
-            guest.tracker = choose_tracker(guest.ram, can_stop=True).tracker
+            guest.tracker = choose_tracker(guest.ram, can_stop=True, registered=True).tracker
         except HostError as error:
             pytest.skip(error.message)
         guest.begin()
