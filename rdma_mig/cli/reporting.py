@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -62,6 +63,9 @@ class Reporter:
         self._last = 0.0
         self._meter = Meter()
         self._display = None if as_json or quiet else terminal_display(self._meter)
+        if self._display is not None:
+            # Whatever ends the command: a terminal is left with its cursor.
+            atexit.register(self.close)
         if ready_fd is not None:
             try:
                 os.fstat(ready_fd)

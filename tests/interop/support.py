@@ -101,6 +101,9 @@ def wait_for(what: str, true: Callable[[], _T], seconds: float) -> _T:
     return result
 
 
+_EVENTS = {"incoming", "outgoing", "convert", "checkpoint", "restore", "migrate"}
+
+
 class Command:
     """An ``rdma-migrate`` at work; a context manager that kills it, and says what it printed.
 
@@ -171,7 +174,7 @@ class Command:
     def events(self) -> list[dict[str, Any]]:
         """The events of ``--json``, whole lines only; each is as the schema has it."""
         told = [json.loads(line) for line in self.stdout.split("\n")[:-1]]
-        if {"incoming", "outgoing", "convert"} & set(self.command):
+        if _EVENTS & set(self.command):
             for event in told:
                 check_output("event", event)
         return told
