@@ -43,7 +43,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield snapshot_kit.keep(tmp_path_factory.mktemp("progress") / "kept", memories, blocks)
 
 
-def on_terminal(*arguments: str | Path, terminal: bool = True, **environment: str) -> str:
+def on_terminal(
+    *arguments: str | Path, terminal: bool = True, status: int = 0, **environment: str
+) -> str:
     """Run it with a terminal for standard error, and return what the terminal got."""
     if terminal:
         master, slave = pty.openpty()
@@ -66,7 +68,7 @@ def on_terminal(*arguments: str | Path, terminal: bool = True, **environment: st
             if not data:
                 break
             told += data
-        assert process.wait(10) == 0, told
+        assert process.wait(10) == status, told
     finally:
         process.kill()
         process.wait()
@@ -106,13 +108,11 @@ def test_who_wants_none_has_none(kept: Path, option: str):
 
 
 def test_failure_ends_the_line(kept: Path):
-    with pytest.raises(AssertionError) as failed:
-        on_terminal("outgoing", kept, "exec:sleep 0.5; exit 3")
-    told = failed.value.args[0]
-    assert "rdma-migrate: " in told
+    told = on_terminal("outgoing", kept, "exec:sleep 0.5; exit 3", status=1)
     assert "Traceback" not in told
-    last = told.rindex("rdma-migrate: ")
-    assert "25l" not in told[last:]
+    # The cursor is there again, and what failed has a line of its own.
+    assert told.count("\x1b[?25l") == told.count("\x1b[?25h") == 1
+    assert re.search(r"\n\x1b\[\?25hrdma-migrate: [^\r\n]*\r\n$", told), told
 
 
 # ---- what is said ----
