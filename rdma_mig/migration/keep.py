@@ -152,6 +152,7 @@ class SnapshotKeeper:
         scanner: DeviceStateScanner,
         *,
         keep_on_failure: bool,
+        named: bool = True,
     ) -> Path:
         """Write what is not written yet, and give the directory its name.
 
@@ -161,6 +162,7 @@ class SnapshotKeeper:
             facts: of the stream.
             scanner: fed with all device state.
             keep_on_failure: whether a failure leaves what there is.
+            named: whether it gets its name at once, or by the writer's `publish`.
 
         Returns:
             the snapshot's directory.
@@ -181,6 +183,7 @@ class SnapshotKeeper:
             eof_offset=scanner.eof_offset,
             keep_on_failure=keep_on_failure,
             shared=facts.shared,
+            named=named,
         )
         self.committed = True
         self.writing_seconds = time.monotonic() - began

@@ -369,6 +369,7 @@ class SnapshotDestination:
                 self._facts(),
                 self._scanner,
                 keep_on_failure=transport.source_lets_go and not transport.has_return_path,
+                named=not transport.has_return_path,
             )
         except MigrationError as error:
             if transport.final_ack:
@@ -379,7 +380,7 @@ class SnapshotDestination:
         if transport.final_ack:
             self._acknowledge(migration, transport)
         if transport.has_return_path:
-            self._tell(migration, transport)
+            path = self._tell(migration, transport)
             confirmed = "the source was told on its return path that everything is on disk"
         elif transport.final_ack:
             transport.wait_disconnected(_DISCONNECT_SECONDS)
@@ -421,20 +422,21 @@ class SnapshotDestination:
         if hands_over:
             migration.note_commit("destination", "FINAL_ACK", "passed")
 
-    def _tell(self, migration: Migration, transport: DestinationTransport) -> None:
-        """Let the source go, by the word that it waits for on its return path.
+    def _tell(self, migration: Migration, transport: DestinationTransport) -> Path:
+        """Let the source go, by the word that it waits for on its return path; return DIR.
 
-        The snapshot is whole and has its name. Should it not be known whether the word was heard,
-        it loses that name again: both ends must never be taken for the machine's.
+        The snapshot is whole, and gets its name when the source has heard: at no time may both ends
+        be taken for the machine's, not even when this process is killed in between.
         """
         migration.state.owner = _NOT_KNOWN
         migration.note_commit("destination", "SHUT", "before")
         try:
             transport.shut(_DISCONNECT_SECONDS)
-            migration.note_commit("destination", "SHUT", "passed")
         except MigrationError as error:
-            kept = self.writer.withdraw()
             error.remedy = "; ".join(
-                part for part in (f"kept whole in {kept}", error.remedy) if part
+                part for part in (f"kept whole in {self.writer.kept_at}", error.remedy) if part
             )
             raise
+        migration.note_commit("destination", "SHUT", "passed")
+        migration.state.owner = f"the virtual machine is whole in {self.writer.kept_at}"
+        return self.writer.publish()

@@ -369,6 +369,7 @@ class SnapshotWriter:
         page_bits: int = 12,
         keep_on_failure: bool = True,
         shared: Sequence[SharedBlock] = (),
+        named: bool = True,
     ) -> Path:
         """Make the snapshot durable and give it its name.
 
@@ -381,9 +382,11 @@ class SnapshotWriter:
             keep_on_failure: keep what there is should this fail; False where the source still has
                 the machine.
             shared: blocks that the source listed and did not send, in stream order.
+            named: False to call it ``DIR.incomplete`` for the time being, whole as it is: whether
+                it may be used is not decided yet, and `publish` gives it its name.
 
         Returns:
-            DIR.
+            Where it is: DIR, or ``DIR.incomplete`` (``.N`` added when that is taken).
 
         Raises:
             SnapshotError: the snapshot could not be completed or named. With ``keep_on_failure``
@@ -401,7 +404,7 @@ class SnapshotWriter:
             description=self._description,
         )
         try:
-            self._finish(manifest)
+            self._finish(manifest, named=named)
         except SnapshotError as error:
             if not keep_on_failure:
                 if self.kept_at == self.path:
@@ -413,9 +416,35 @@ class SnapshotWriter:
             raise
         # Its name is final, whatever becomes of the next call.
         self._close()
+        return self.kept_at or self.path
+
+    def publish(self) -> Path:
+        """Give what was committed without its name that name, and return it: DIR.
+
+        Raises:
+            SnapshotError: it could not be; it stays where it is, which the message says.
+        """
+        assert self.kept_at is not None
+        present = self.kept_at
+        whole = f"; the snapshot is whole in {_fs.printable(present)}"
+        parent = _fs.open_directory(self.path.parent, follow=True)
+        try:
+            _fs.rename_noreplace(parent, present.name, self.path.name)
+            self.kept_at = None
+            os.fsync(parent)
+        except FileExistsError:
+            error = self._taken(f"came into existence while the snapshot was written{whole}")
+            raise error from None
+        except OSError as error:
+            failure = _fs.failure(error, f"rename {present.name} to", self.path)
+            failure.message += whole
+            failure.args = (failure.message,)
+            raise failure from error
+        finally:
+            os.close(parent)
         return self.path
 
-    def _finish(self, manifest: Manifest) -> None:
+    def _finish(self, manifest: Manifest, *, named: bool) -> None:
         raw = manifest.encode()
         # What this version cannot read again must not be named a snapshot.
         Manifest.decode(raw, _fs.printable(self._partial / MANIFEST))
@@ -431,6 +460,12 @@ class SnapshotWriter:
                 os.unlink(WRITTEN, dir_fd=self._dir)
             _fs.fsync_dir(RAM, self._dir)
             os.fsync(self._dir)
+        if not named:
+            if os.path.lexists(self.path):  # later, the machine would be nobody's for a while
+                raise self._taken("came into existence while the snapshot was written")
+            self.kept_at = self._partial
+            self._rename_incomplete(self._partial.name)
+            return
         try:
             _fs.rename_noreplace(self._parent, self._partial.name, self.path.name)
         except FileExistsError:

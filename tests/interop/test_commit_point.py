@@ -173,7 +173,7 @@ def test_killed_just_behind_it_one_end_has_the_machine(tmp_path: Path):
 
 @pytest.mark.parametrize("state", ["before", "passed"])
 def test_killed_at_the_word_on_the_return_path(tmp_path: Path, state: str):
-    """The snapshot is whole by then, and the source has let go if it has heard the word."""
+    """The snapshot is whole by then, and not called one before the source has let go."""
     kept = tmp_path / "kept"
     with Qemu(machine="q35", guest=Guest.dirtying(4), timeout=patience(60)) as source:
         source.set_capability("rdma-pin-all")
@@ -188,8 +188,13 @@ def test_killed_at_the_word_on_the_return_path(tmp_path: Path, state: str):
             assert_survives(source)
         else:
             assert source.wait_status("postmigrate") == "postmigrate"
+        incomplete = tmp_path / "kept.incomplete"
+        assert set(tmp_path.iterdir()) == {incomplete, tmp_path / "trace"}
+        found = rdma_migrate("recover", incomplete)
+        assert found.returncode == 0, found.stderr
+        assert set(tmp_path.iterdir()) == {kept, tmp_path / "trace"}
+        if state == "passed":
             assert differences(read_blocks(source), snapshot_blocks(kept)) == []
-    assert set(tmp_path.iterdir()) == {kept, tmp_path / "trace"}
     found = rdma_migrate("inspect", "--verify", kept)
     assert found.returncode == 0, found.stderr
 

@@ -67,9 +67,11 @@ def test_last_word_comes_when_the_snapshot_is_on_disk(room: Path):
         second.ready()
         word = second.expect(ControlType.QEMU_FILE)
         # At this very moment: not when it has had time for it.
-        there = (room / "vm" / "manifest.json").exists()
+        there = (room / "vm.incomplete" / "manifest.json").exists()
+        named = (room / "vm").exists()
         assert word == Shut(0).encode()
         assert there
+        assert not named
         peer.close()
         end.succeed()
     assert "on its return path" in end.events[-1].confirmed
