@@ -139,6 +139,9 @@ class WritingGuest(ProcessGuest):
         return found
 
     def close(self) -> None:
+        current = header.migrate_get_current()
+        if current.guest is self and current.migration is not None:
+            current.migration.close()  # of a test that failed: it holds the memory
         self._quit = True
         if self._thread is not None:
             self._thread.join()
