@@ -195,6 +195,8 @@ def settle(
                 also = "" if isinstance(error, PeerGone) else f"; {error.message}"
                 error.message = gone.message + also
             error.remedy = gone.remedy
+            # Who is killed breaks no protocol, although its stream is cut.
+            error.exit_status = gone.exit_status
     words = str(known.get("error-desc", ""))
     if words and words not in error.message:
         error.message += f"; QEMU says: {words}"
