@@ -119,6 +119,9 @@ class StreamCut(RemoteProtocolError, PeerGone):
         awaited: what was to come next.
     """
 
+    # Who was killed broke no protocol.
+    exit_status = ExitStatus.FAILED
+
     def __init__(self, peer: str, at: int, awaited: str, *, remedy: str = "") -> None:
         super().__init__(
             f"{peer} ended the stream at its byte {at}; awaited was {awaited}",

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -267,6 +268,8 @@ def test_a_machine_migrates_without_rdma(installed, snapshot, tmp_path):
     """Through a file, and through a command that is the other end itself."""
     stream, back, piped = tmp_path / "stream", tmp_path / "back", tmp_path / "piped"
     command = installed.python.with_name("rdma-migrate")
+    # A copy: that it was sent to somebody is noted in it.
+    snapshot = Path(shutil.copytree(snapshot, tmp_path / "vm"))
     for arguments in (
         ("outgoing", snapshot, f"file:{stream}"),
         ("incoming", f"file:{stream}", "--output", back),

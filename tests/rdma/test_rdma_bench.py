@@ -18,6 +18,8 @@ import pytest
 import rdma_kit as kit
 from harness.output import check_output
 
+pytestmark = pytest.mark.rdma
+
 COMMAND = Path(sys.executable).with_name("rdma-migrate")
 
 
