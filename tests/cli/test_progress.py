@@ -94,7 +94,8 @@ def test_no_terminal_has_lines(kept: Path):
 
 @pytest.mark.parametrize("why", ["dumb", "no-library"])
 def test_terminal_that_can_do_nothing_has_lines(kept: Path, tmp_path: Path, why: str):
-    environment = {"TERM": "dumb"} if why == "dumb" else {"PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = {"TERM": "dumb"} if why == "dumb" else {"PYTHONPATH": path}
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich" / "__init__.py").write_text("raise ImportError\n")
     told = on_terminal("outgoing", kept, SLOW, **environment)
