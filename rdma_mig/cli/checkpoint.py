@@ -7,7 +7,14 @@ import argparse
 import socket
 from typing import TYPE_CHECKING, Any
 
-from rdma_mig.cli.driving import add_driving, add_meeting, events_of, meeting_uri, signalled
+from rdma_mig.cli.driving import (
+    add_driving,
+    add_meeting,
+    events_of,
+    meeting_uri,
+    sending_options,
+    signalled,
+)
 
 if TYPE_CHECKING:
     from rdma_mig.manager.qemu import Qemu
@@ -62,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
         MigrationError: it failed; the exit status is the error's.
     """
     from rdma_mig.cli.reporting import Reporter
-    from rdma_mig.manager.checkpoint import CheckpointOptions, checkpoint
+    from rdma_mig.manager.checkpoint import checkpoint
     from rdma_mig.manager.monitor import Monitor
-    from rdma_mig.manager.qemu import UNLIMITED, Qemu
+    from rdma_mig.manager.qemu import Qemu
     from rdma_mig.migration.channels import ChannelOptions
     from rdma_mig.migration.receive import SnapshotDestination
     from rdma_mig.migration.state import Migration
@@ -78,13 +85,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if not uri and args.rdma_device is not None:
         uri = f"rdma:{_device_address(args.rdma_device, args.gid_index)}:0"
-    options = CheckpointOptions(
-        uri=uri,
-        pin_all=args.rdma_pin_all,
-        stop=args.stop,
-        bandwidth=args.max_bandwidth or UNLIMITED,
-        downtime_ms=round(args.downtime_limit * 1000) if args.downtime_limit else None,
-    )
+    options = sending_options(args, uri)
     reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     show = events_of(reporter)
     with (

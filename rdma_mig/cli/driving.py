@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rdma_mig.cli.options import index, seconds, size
+from rdma_mig.cli.signals import cancelled_by_signals
 
 if TYPE_CHECKING:
     from rdma_mig.cli.reporting import Reporter
+    from rdma_mig.manager.checkpoint import CheckpointOptions
     from rdma_mig.migration.events import MigrationEvent
 
-__all__ = ["add_driving", "add_meeting", "events_of", "meeting_uri", "signalled"]
+__all__ = [
+    "add_driving",
+    "add_meeting",
+    "events_of",
+    "meeting_uri",
+    "sending_options",
+    "signalled",
+]
 
 
 def add_meeting(parser: argparse.ArgumentParser) -> None:
@@ -106,20 +114,28 @@ def meeting_uri(uri: str | None, device: str | None, *, listening: bool, remedy:
     return uri
 
 
+def sending_options(args: argparse.Namespace, uri: str) -> CheckpointOptions:
+    """Return how a QEMU shall send its guest, as said with the options of `add_driving`."""
+    from rdma_mig.manager.checkpoint import CheckpointOptions
+    from rdma_mig.manager.qemu import UNLIMITED
+
+    return CheckpointOptions(
+        uri=uri,
+        pin_all=args.rdma_pin_all,
+        stop=args.stop,
+        bandwidth=args.max_bandwidth or UNLIMITED,
+        downtime_ms=round(args.downtime_limit * 1000) if args.downtime_limit else None,
+    )
+
+
 @contextlib.contextmanager
 def signalled(stop: Callable[[], Any], reporter: Reporter) -> Iterator[None]:
     """Have SIGINT and SIGTERM ask for the end, and tell the reporter of a failure."""
     from rdma_mig.errors import MigrationError
 
-    previous = {
-        number: signal.signal(number, lambda *_: stop())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    except MigrationError as error:
-        reporter.failed(error)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with cancelled_by_signals(stop):
+        try:
+            yield
+        except MigrationError as error:
+            reporter.failed(error)
+            raise

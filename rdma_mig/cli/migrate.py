@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rdma_mig.cli.driving import add_driving, events_of, meeting_uri, signalled
+from rdma_mig.cli.driving import add_driving, events_of, meeting_uri, sending_options, signalled
 
 __all__ = ["add_parser", "run"]
 
@@ -49,10 +49,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from rdma_mig.cli.reporting import Reporter
     from rdma_mig.errors import UsageError
-    from rdma_mig.manager.checkpoint import CheckpointOptions
     from rdma_mig.manager.handover import handover
     from rdma_mig.manager.monitor import Monitor
-    from rdma_mig.manager.qemu import UNLIMITED, Qemu
+    from rdma_mig.manager.qemu import Qemu
     from rdma_mig.waits import Cancel, Deadline
 
     if args.qmp == args.to_qmp:
@@ -61,13 +60,7 @@ def run(args: argparse.Namespace) -> int:
     # A QEMU says where it listens over TCP, and not over RDMA.
     tcp = (args.uri or "").startswith("tcp:")
     uri = meeting_uri(args.uri, None, listening=tcp, remedy=remedy)
-    options = CheckpointOptions(
-        uri=uri,
-        pin_all=args.rdma_pin_all,
-        stop=args.stop,
-        bandwidth=args.max_bandwidth or UNLIMITED,
-        downtime_ms=round(args.downtime_limit * 1000) if args.downtime_limit else None,
-    )
+    options = sending_options(args, uri)
     reporter = Reporter(as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     show = events_of(reporter)
     with (

@@ -15,7 +15,6 @@ from rdma_mig.channel.files import FileReader, FileWriter
 from rdma_mig.channel.link import Link, inherited_link
 from rdma_mig.channel.plain import PlainIncoming, PlainOutgoing
 from rdma_mig.channel.process import ProcessLink
-from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.sockets import SocketListener, connect
 from rdma_mig.channel.transport import AT_SOURCE
 from rdma_mig.errors import MigrationError, UsageError
@@ -23,6 +22,7 @@ from rdma_mig.migration.clients import client_guard, warn_if_open
 from rdma_mig.migration.engines import Process, Save, incoming_engine, outgoing_engine
 from rdma_mig.migration.events import Connected, Listening
 from rdma_mig.migration.failures import complete_failure
+from rdma_mig.migration.running import run_engine
 from rdma_mig.migration.state import Migration, MigrationState, MigrationStatus
 from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.return_path import RETURN_PATH_PING
@@ -149,34 +149,22 @@ def _reading(address: MigrationAddress, migration: Migration, options: ChannelOp
 def _incoming(migration: Migration, open_link: Callable[[], Link], process: Process) -> None:
     migration.state.step = "waiting for a source"
     migration.state.owner = AT_SOURCE
-    transport = PlainIncoming(link := open_link())
-    try:
-        migration.advance(MigrationStatus.ACTIVE)
-        _connected(migration, link)
-        file = QEMUFile(transport)
-        migration.connected(file)
-        process(migration, file, transport)
-    except MigrationError as error:
-        complete_failure(error, transport.peer, "source")
-        transport.abort()
-        raise
-    finally:
-        transport.close()
+    link = open_link()
+    migration.advance(MigrationStatus.ACTIVE)
+    run_engine(migration, PlainIncoming(link), process, other="source", tell=[_connected(link)])
 
 
-def _connected(migration: Migration, link: Link) -> None:
-    migration.emit(
-        Connected(
-            peer=link.peer,
-            local=link.local,
-            device=None,
-            port=None,
-            transport=link.kind,
-            gid_index=None,
-            gid=None,
-            mtu=None,
-            pin_all=False,
-        )
+def _connected(link: Link) -> Connected:
+    return Connected(
+        peer=link.peer,
+        local=link.local,
+        device=None,
+        port=None,
+        transport=link.kind,
+        gid_index=None,
+        gid=None,
+        mtu=None,
+        pin_all=False,
     )
 
 
@@ -247,24 +235,10 @@ def start_outgoing(
             complete_failure(error, str(address), "destination")
             raise
         wanted = link.two_way if options.return_path is None else options.return_path
-        _outgoing(migration, link, engine, return_path=wanted)
+        transport = PlainOutgoing(link, return_path=wanted, ping=RETURN_PATH_PING)
+        run_engine(migration, transport, engine, other="destination", tell=[_connected(link)])
 
     migration.run(work, "rdma-mig-outgoing")
-
-
-def _outgoing(migration: Migration, link: Link, save: Save, *, return_path: bool) -> None:
-    transport = PlainOutgoing(link, return_path=return_path, ping=RETURN_PATH_PING)
-    try:
-        _connected(migration, link)
-        file = QEMUFile(transport)
-        migration.connected(file)
-        save(migration, file, transport)
-    except MigrationError as error:
-        complete_failure(error, transport.peer, "destination")
-        transport.abort()
-        raise
-    finally:
-        transport.close()
 
 
 # ---- the header's names ----

@@ -17,8 +17,9 @@ from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.migration.clients import client_guard, warn_if_open
 from rdma_mig.migration.engines import incoming_engine, outgoing_engine
-from rdma_mig.migration.events import Connected, Listening, Warned
+from rdma_mig.migration.events import Connected, Listening, MigrationEvent, Warned
 from rdma_mig.migration.failures import complete_failure
+from rdma_mig.migration.running import run_engine
 from rdma_mig.migration.state import Migration
 from rdma_mig.migration.status import MigrationCapability, MigrationState, MigrationStatus
 from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
@@ -154,18 +155,15 @@ def _incoming(
             Deadline.after(options.accept_seconds),
             TransportLimits(options.total_seconds, options.stall_seconds),
         )
-        try:
-            migration.advance(MigrationStatus.ACTIVE)
-            migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
-            file = QEMUFile(transport, transport)
-            migration.connected(file)
-            process(migration, file, transport)
-        except MigrationError as error:
-            complete_failure(error, transport.peer, "source")
-            transport.abort()
-            raise
-        finally:
-            transport.close()
+        migration.advance(MigrationStatus.ACTIVE)
+        run_engine(
+            migration,
+            transport,
+            process,
+            other="source",
+            tell=[Connected.over(transport.route, pin_all=transport.pin_all)],
+            hooks=transport,
+        )
     finally:
         listener.close()
 
@@ -230,18 +228,7 @@ def _outgoing(
     except MigrationError as error:
         complete_failure(error, f"{address.host}:{address.port}", "destination")
         raise
-    try:
-        migration.emit(Connected.over(transport.route, pin_all=transport.pin_all))
-        if options.pin_all and not transport.pin_all:
-            migration.emit(
-                Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used")
-            )
-        file = QEMUFile(transport, transport)
-        migration.connected(file)
-        save(migration, file, transport)
-    except MigrationError as error:
-        complete_failure(error, transport.peer, "destination")
-        transport.abort()
-        raise
-    finally:
-        transport.close()
+    tell: list[MigrationEvent] = [Connected.over(transport.route, pin_all=transport.pin_all)]
+    if options.pin_all and not transport.pin_all:
+        tell.append(Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used"))
+    run_engine(migration, transport, save, other="destination", tell=tell, hooks=transport)

@@ -427,21 +427,28 @@ class SnapshotWriter:
         assert self.kept_at is not None
         present = self.kept_at
         whole = f"; the snapshot is whole in {_fs.printable(present)}"
-        parent = _fs.open_directory(self.path.parent, follow=True)
         try:
-            _fs.rename_noreplace(parent, present.name, self.path.name)
-            self.kept_at = None
-            os.fsync(parent)
+            parent = _fs.open_directory(self.path.parent, follow=True)
+            try:
+                _fs.rename_noreplace(parent, present.name, self.path.name)
+                self.kept_at = None
+                whole = f"; the snapshot is whole in {_fs.printable(self.path)}"
+                os.fsync(parent)
+            finally:
+                os.close(parent)
         except FileExistsError:
-            error = self._taken(f"came into existence while the snapshot was written{whole}")
-            raise error from None
+            raise self._taken(
+                f"came into existence while the snapshot was written{whole}"
+            ) from None
+        except SnapshotError as error:
+            error.message += whole
+            error.args = (error.message,)
+            raise
         except OSError as error:
             failure = _fs.failure(error, f"rename {present.name} to", self.path)
             failure.message += whole
             failure.args = (failure.message,)
             raise failure from error
-        finally:
-            os.close(parent)
         return self.path
 
     def _finish(self, manifest: Manifest, *, named: bool) -> None:

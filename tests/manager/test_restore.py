@@ -351,7 +351,7 @@ def test_recorded_command_is_not_run_where_the_group_can_write(tmp_path: Path, s
         assert "chmod go-w" in said
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.root
 def test_recorded_command_of_somebody_else_is_not_run(tmp_path: Path, stored: Path):
     shutil.copytree(stored, tmp_path / "vm")
     os.chown(tmp_path / "vm" / "command.json", 65534, 65534)

@@ -36,6 +36,7 @@ from rdma_mig.wire.return_path import RETURN_PATH_PING
 MIB = 1 << 20
 PAGE = 4096
 MACHINE = "live-1.0"
+BLOCKS = (RamBlock("live.ram", 16 * MIB), RamBlock("live.more", 3 * MIB + 8192))
 
 
 class Marks(ExplicitMarks):
@@ -351,7 +352,19 @@ def check_counters(state: MigrationState) -> None:
     assert counters.transferred == counters.normal_bytes + handed_over + 8 * state.rounds
 
 
+def migrate(current, guest, connection, **settings):
+    """Send a guest; return the state afterwards."""
+    for name, value in settings.items():
+        setattr(current, name, value)
+    header.migrate_set_guest(guest)
+    current.file = connection[0]
+    header.migrate_fd_connect(current)
+    header.migrate_get_current().migration.wait(60)
+    return header.migrate_get_current()
+
+
 __all__ = [
+    "BLOCKS",
     "MIB",
     "Destination",
     "Marks",
@@ -363,6 +376,7 @@ __all__ = [
     "check_throttled",
     "check_too_fast",
     "guest_of",
+    "migrate",
     "socket_ends",
     "start_to",
 ]

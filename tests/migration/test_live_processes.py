@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from live_kit import (
     MIB,
@@ -42,14 +44,22 @@ def test_guest_goes_to_another_process(tmp_path, scheme, tracker, sizes):
 TOO_FAST = [(16, 8, 4000, 8), pytest.param((512, 64, 30000, 32), marks=pytest.mark.full)]
 
 
-@pytest.mark.parametrize("sizes", TOO_FAST, ids=lambda sizes: str(sizes[0]))
-def test_writer_faster_than_the_link_is_throttled_until_it_converges(sizes):
-    mib, written, rate, limit = sizes
+@contextlib.contextmanager
+def too_fast(sizes):
+    """A destination, and a guest that is at work already."""
+    mib, written, rate, _limit = sizes
     with (
         Destination("tcp:127.0.0.1:0", mib) as destination,
         guest_of(mib, pages=written * MIB // 4096, rate=rate) as guest,
     ):
         guest.begin()
+        yield destination, guest
+
+
+@pytest.mark.parametrize("sizes", TOO_FAST, ids=lambda sizes: str(sizes[0]))
+def test_writer_faster_than_the_link_is_throttled_until_it_converges(sizes):
+    limit = sizes[3]
+    with too_fast(sizes) as (destination, guest):
         state = start_to(
             destination.uri,
             guest,
@@ -62,12 +72,8 @@ def test_writer_faster_than_the_link_is_throttled_until_it_converges(sizes):
 
 @pytest.mark.parametrize("sizes", TOO_FAST, ids=lambda sizes: str(sizes[0]))
 def test_writer_faster_than_the_link_ends_by_the_time_limit_and_says_so(sizes):
-    mib, written, rate, limit = sizes
-    with (
-        Destination("tcp:127.0.0.1:0", mib) as destination,
-        guest_of(mib, pages=written * MIB // 4096, rate=rate) as guest,
-    ):
-        guest.begin()
+    mib, limit = sizes[0], sizes[3]
+    with too_fast(sizes) as (destination, guest):
         state = start_to(
             destination.uri,
             guest,
