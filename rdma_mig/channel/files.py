@@ -75,8 +75,8 @@ class FileWriter(DescriptorLink):
             in_place = address.offset or not _regular_or_none(address.path)
             if not in_place:
                 self._partial = f"{address.path}.partial-{os.getpid()}"
-                flags |= os.O_TRUNC
-            fd = os.open(self._partial or address.path, flags, 0o600)
+                flags |= os.O_EXCL
+            fd = self._create(flags) if self._partial else os.open(address.path, flags, 0o600)
         except OSError as error:
             raise HostError(f"{address.path} cannot be written: {error.strerror}") from None
         super().__init__(fd, cancel, limits, address.path)
@@ -86,6 +86,15 @@ class FileWriter(DescriptorLink):
         except OSError as error:
             self.close()
             raise HostError(f"{address.path} has no offset: {error.strerror}") from None
+
+    def _create(self, flags: int) -> int:
+        """Make the file that is written beside: a new one, of nobody else's."""
+        try:
+            return os.open(self._partial, flags, 0o600)
+        except FileExistsError:
+            # Of a run that was killed and had the same number.
+            os.unlink(self._partial)
+            return os.open(self._partial, flags, 0o600)
 
     def finish(self) -> str:
         """Put it on disk, and give it its name."""

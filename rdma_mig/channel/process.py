@@ -19,6 +19,8 @@ __all__ = ["ProcessLink"]
 # How long a command may take to end after its stream has, unless a limit was given.
 _EXIT_SECONDS = 60.0
 _PIPE_SIZE = 1 << 20
+# How long the kernel may take to end what was killed: a disk that hangs can hold it.
+_KILLED_SECONDS = 5.0
 
 
 class ProcessLink(DescriptorLink):
@@ -108,7 +110,8 @@ class ProcessLink(DescriptorLink):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(0.5)
                     break
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_KILLED_SECONDS)
 
 
 def _how(status: int) -> str:

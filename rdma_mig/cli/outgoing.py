@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.uris import qemu_start_outgoing_migration
     from rdma_mig.snapshot import Snapshot
+    from rdma_mig.wire.uri import FdAddress, parse_uri
 
     rdma = rdma_options(args, listening=False)
     reporter = Reporter(
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
         verbose=args.verbose,
         # Standard output may be the stream's.
-        out=sys.stderr if args.uri == "fd:1" else None,
+        out=sys.stderr if parse_uri(args.uri, listening=False) == FdAddress(1) else None,
     )
     with (
         Snapshot.open(args.directory) as snapshot,

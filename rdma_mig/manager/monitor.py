@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ from rdma_mig.errors import (
     RemoteProtocolError,
 )
 from rdma_mig.manager.process import QemuProcess
-from rdma_mig.waits import Cancel
+from rdma_mig.waits import Cancel, Deadline
 
 __all__ = ["Monitor", "QemuRefused"]
 
@@ -95,18 +96,15 @@ class Monitor(Closing):
             raise
 
     def _connect(self) -> None:
+        self._socket.setblocking(False)
         try:
-            self._socket.settimeout(_GREETING_SECONDS)
-            self._socket.connect(self.path)
-        except TimeoutError:
-            raise self._silent() from None
+            self._await_place()
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else str(error)
             raise HostError(
                 f"no QEMU at the QMP socket {self.path}: {why}", remedy=_START
             ) from None
         self.process = QemuProcess.behind(self._socket)
-        self._socket.setblocking(False)
         try:
             self._run(self._client.connect(self._socket), _GREETING_SECONDS, self._cancel)
         except TimeoutError:
@@ -118,6 +116,17 @@ class Monitor(Closing):
                 remedy="a human monitor (-monitor) is none; " + _START,
             ) from None
         self._connected = True
+
+    def _await_place(self) -> None:
+        """Connect the socket. One with a full queue of clients is nothing that poll() waits for."""
+        deadline = Deadline.after(_GREETING_SECONDS)
+        while code := self._socket.connect_ex(self.path):
+            if code != errno.EAGAIN:
+                raise OSError(code, os.strerror(code))
+            if deadline.passed:
+                raise self._silent()
+            self._cancel.wait(0.05)
+            self._cancel.check(f"connecting to {self.name}")
 
     def _silent(self) -> MigrationTimeout:
         return MigrationTimeout(

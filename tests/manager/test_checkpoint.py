@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -362,3 +365,21 @@ def test_second_checkpoint_while_one_is_under_way(tmp_path: Path):
 @pytest.mark.parametrize("uri", ["fd:3", "exec:cat", "file:x", "tcp:0.0.0.0:0", "rdma:[::]:0"])
 def test_place_where_no_qemu_can_connect(tmp_path: Path, uri: str):
     assert status_of("checkpoint", "--qmp", "x", str(tmp_path / "vm"), "--uri", uri) == 2
+
+
+def test_cancelled_while_others_fill_the_queue_of_the_socket(tmp_path: Path):
+    """A unix socket whose queue is full lets nobody wait for a place with poll()."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(tmp_path / "qmp"))
+        listener.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(str(tmp_path / "qmp"))
+        cancel = stack.enter_context(Cancel())
+        began = time.monotonic()
+        timer = threading.Timer(0.5, cancel.request)
+        timer.start()
+        with pytest.raises(MigrationCancelled, match="while connecting to the QEMU at"):
+            Monitor(str(tmp_path / "qmp"), cancel)
+        timer.join()
+        assert 0.4 < time.monotonic() - began < 2
