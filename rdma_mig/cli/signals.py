@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -34,14 +36,40 @@ def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
     )
 
 
-def cancelled_by_signals(cancel: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def cancelled_by_signals(cancel: Callable[[], object]) -> Iterator[None]:
     """Let both ask for the end, which what is under way then finds an orderly way to.
 
     What is given back behind it belongs within: a signal that comes when all is done must not
     change how it ended.
+
+    Args:
+        cancel: called for each of them, from another thread.
     """
+    # A handler in Python runs in the main thread, once that is back from the system: a signal that
+    # comes just before a wait begins neither ends the wait nor is handled until it ends. What the
+    # interpreter writes to its wake-up descriptor is written at once.
+    signals, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    interesting = {int(signal.SIGINT), int(signal.SIGTERM)}
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        cancel()
+    def watch() -> None:
+        while numbers := os.read(signals, 64):
+            if interesting.intersection(numbers):
+                cancel()
 
-    return _handled_by(ask, ask)
+    watcher = threading.Thread(target=watch, name="signals")
+    watcher.start()
+    before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    try:
+        with _handled_by(_leave_to_watcher, _leave_to_watcher):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wakeup)
+        watcher.join()
+        os.close(signals)
+
+
+def _leave_to_watcher(_number: int, _frame: FrameType | None) -> None:
+    """Without a handler there would be no signal to be told of."""

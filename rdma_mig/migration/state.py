@@ -72,6 +72,8 @@ class Migration(Closing):
         self.trace = trace
         self.state = MigrationState() if state is None else state
         self.state.migration = self
+        # The status goes on, on the worker, or to cancelling, on any thread: one after the other.
+        self._status_lock = threading.RLock()
         self.cancellation = Cancel()
         self._on_event = on_event
         self._worker: threading.Thread | None = None
@@ -167,7 +169,8 @@ class Migration(Closing):
             state.mbps = moved * 8 / state.total_time / 1000 if state.total_time else -1.0
         if self.trace is not None:
             self.trace.record("end", status=str(final), message=str(self._error or ""))
-        state.status = final
+        with self._status_lock:
+            state.status = final
         self._notify()
 
     def _notify(self) -> None:
@@ -183,8 +186,9 @@ class Migration(Closing):
 
     def advance(self, status: MigrationStatus) -> None:
         """Go on to a state, unless cancellation has begun."""
-        if self.state.status is not MigrationStatus.CANCELLING:
-            self.state.status = status
+        with self._status_lock:
+            if self.state.status is not MigrationStatus.CANCELLING:
+                self.state.status = status
 
     @property
     def failure(self) -> str:
@@ -214,12 +218,13 @@ class Migration(Closing):
 
     def cancel(self) -> None:
         """Ask for the end: from any thread, at any time, also from a signal handler."""
-        if self.state.status in (
-            MigrationStatus.SETUP,
-            MigrationStatus.ACTIVE,
-            MigrationStatus.DEVICE,
-        ):
-            self.state.status = MigrationStatus.CANCELLING
+        with self._status_lock:
+            if self.state.status in (
+                MigrationStatus.SETUP,
+                MigrationStatus.ACTIVE,
+                MigrationStatus.DEVICE,
+            ):
+                self.state.status = MigrationStatus.CANCELLING
         self.cancellation.request()
 
     def wait(self, seconds: float | None = None) -> bool:
