@@ -20,11 +20,15 @@ class Ratio:
     """A median of paired ratios, and its 95 % interval.
 
     The interval is that of the sign test: with fewer than six rounds all of them, and less sure.
+
+    Attributes:
+        sure: there were rounds enough for 95 %.
     """
 
     median: float
     low: float
     high: float
+    sure: bool
 
     def __str__(self) -> str:
         return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
@@ -39,7 +43,7 @@ def interval(values: Sequence[float]) -> Ratio:
     while rank + 1 < n / 2 and 2 * (outside + comb(n, rank + 1) * 0.5**n) <= 0.05:
         rank += 1
         outside += comb(n, rank) * 0.5**n
-    return Ratio(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank])
+    return Ratio(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank], n >= 6)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
@@ -56,8 +60,10 @@ class Target:
     at_least: bool = False
 
     def met(self, ratio: Ratio) -> bool:
-        """Whether the interval reaches it."""
-        return ratio.high >= self.limit if self.at_least else ratio.low <= self.limit
+        """Whether the interval reaches it, or the median where the interval is too wide to say."""
+        if self.at_least:
+            return (ratio.high if ratio.sure else ratio.median) >= self.limit
+        return (ratio.low if ratio.sure else ratio.median) <= self.limit
 
 
 #: By content, mode, source, destination; of a guest of 1 GiB, but for those of QEMU to ours.
