@@ -69,6 +69,19 @@ fuzz: setup ## fuzz decoders, Cython code and both ends: make fuzz SECONDS=600 (
 fuzz-live: setup ## connections with a peer that changes what it says: make fuzz-live N=10000
 	$(if $(LAB),$(LAB) --timeout 86400 --) $(CURDIR)/$(BIN)/python tests/rdma/rdma_fuzz.py --runs $(N) $(if $(SEED),--seed $(SEED))
 
+# Such as BENCH_ARGS="--ram 256M --content random --rounds 3".
+BENCH_ARGS ?=
+# A guest of 2 GiB at both ends, two snapshots of it, and our own two copies.
+BENCH_LAB := $(or $(RDMA_MIG_LAB),$(if $(LAB),$(LAB) --memory 14G --timeout 86400 --share test-logs --))
+.PHONY: bench
+bench: setup ## time migrations between QEMU and rdma-migrate, and the floor: BENCH_ARGS=...
+	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; \
+		extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*(x for x in extras["bench"] if not x.startswith("rdma-mig")))')
+	@mkdir -p test-logs
+	$(BENCH_LAB) env RDMA_MIG_DEVICE=$(or $(RDMA_MIG_DEVICE),rxe0) \
+		$(CURDIR)/$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
 # Needs Python, and Docker's own: not `setup`, since hosts with Docker need not be Debian.
 .PHONY: docker-test
 docker-test: ## build the container images and run all of docs/docker.md with a real Docker engine

@@ -12,6 +12,13 @@ cdef struct Target:
     # One pair for the whole block, or one a chunk; an rkey of 0 is not known yet.
     Keys *keys
     uint64_t chunks
+    # Where the destination's memory was zero from the start: for each chunk, whether nothing was
+    # written to it yet. NULL elsewhere.
+    uint8_t *untouched
+
+# How far ahead a run is looked at for chunks that have no keys yet.
+cdef enum:
+    WANTED_CHUNKS = 256
 
 
 # Spans that are kept between two calls of take_spans().
@@ -39,15 +46,18 @@ cdef class WriteQueue:
         max_write: most bytes of one write made by save_runs().
         interrupted: called with a code other than DONE when posting has to wait and the wait is
             interrupted; it raises, or returns when the queue shall go on. With NEED_KEY the run
-            in ``wanted`` lies in a chunk without keys: it calls set_chunk_keys() or skip().
-        issued: called with the bytes of the writes posted since it was called last, before the
-            call that posted them returns: once a call, not once a page. None to leave it.
+            in ``wanted`` lies in chunks without keys: it calls set_chunk_keys() for the first of
+            them, and for more, or skip().
+        issued: called with the bytes of the writes posted since it was called last, and the bytes
+            that were zero and needed none, before the call that took them returns: once a call,
+            not once a page. None to leave it.
     """
 
     cdef WorkQueue work
     cdef object interrupted
     cdef object issued
     cdef uint64_t accounted
+    cdef uint64_t zeros_accounted
     cdef Target *targets
     cdef int count
     cdef uint64_t chunk_size
@@ -59,12 +69,13 @@ cdef class WriteQueue:
     cdef int wanted_block
     cdef uint64_t wanted_start
     cdef uint64_t wanted_length
-    cdef bint skipping
+    cdef uint64_t skipping
     cdef bint dynamic
     cdef unsigned long thread
     cdef public int64_t deadline_ns
     cdef readonly uint64_t writes
     cdef readonly uint64_t bytes
+    cdef readonly uint64_t zero_bytes
     cdef bint opened
     cdef bint noting
     cdef int spans_used
@@ -91,15 +102,18 @@ cdef class WriteQueue:
         cdef int i
         for i in range(self.count):
             free(self.targets[i].keys)
+            free(self.targets[i].untouched)
         free(self.targets)
 
-    def set_targets(self, targets, *, bint dynamic=False) -> None:
+    def set_targets(self, targets, *, bint dynamic=False, fresh=()) -> None:
         """Say where each block lies: a list of (local, lkey, remote, rkey, length), by index.
 
         With ``dynamic`` the keys given are not used: each chunk gets its own, when it is first
-        written.
+        written. ``fresh`` are the indexes of blocks that are all zero at the destination: zeros
+        need not be written to a chunk of theirs, as long as nothing else was.
         """
         cdef Target *target
+        cdef uint64_t chunks
         if self.targets != NULL:
             raise ValueError("the targets are known already")
         self.targets = <Target *> calloc(max(len(targets), 1), sizeof(Target))
@@ -111,9 +125,13 @@ cdef class WriteQueue:
             target.local = local
             target.remote = remote
             target.length = length
-            target.chunks = 1
-            if dynamic:
-                target.chunks = (target.length + self.chunk_size - 1) // self.chunk_size
+            chunks = (target.length + self.chunk_size - 1) // self.chunk_size
+            target.chunks = chunks if dynamic else 1
+            if self.count in fresh:
+                target.untouched = <uint8_t *> malloc(max(chunks, 1))
+                if target.untouched == NULL:
+                    raise MemoryError()
+                memset(target.untouched, 1, max(chunks, 1))
             target.keys = <Keys *> calloc(max(target.chunks, 1), sizeof(Keys))
             if target.keys == NULL:
                 raise MemoryError()
@@ -131,12 +149,14 @@ cdef class WriteQueue:
 
     @property
     def wanted(self):
-        """(block, offset, length) of the run that NEED_KEY is about."""
+        """(block, offset, length) of the run that NEED_KEY is about; no chunk of it has keys."""
         return self.wanted_block, self.wanted_start, self.wanted_length
 
-    def skip(self) -> None:
-        """Take the wanted run as done: it was sent in another way."""
-        self.skipping = True
+    def skip(self, uint64_t length) -> None:
+        """Take the first ``length`` bytes of the wanted run as done: they went in another way."""
+        if not 0 < length <= self.wanted_length:
+            raise ValueError(f"{length} of {self.wanted_length} bytes cannot be skipped")
+        self.skipping = length
 
     def open(self) -> None:
         """Begin a phase: pages are taken until close(), from this thread."""
@@ -220,24 +240,64 @@ cdef class WriteQueue:
         span.bytes = length
         span.whole = True
 
-    cdef int write(self, int block, uint64_t start, uint64_t length) noexcept nogil:
-        """Post one write; anything but DONE means that nothing was posted."""
+    cdef bint needless(self, Target *target, uint64_t start, uint64_t end) noexcept nogil:
+        """Whether a run within one chunk is zero, and zero at the destination from the start."""
+        return (target.untouched != NULL and target.untouched[start // self.chunk_size]
+                and rm_is_zero(<const uint8_t *> target.local + start, end - start))
+
+    cdef uint64_t extent(self, Target *target, uint64_t start, uint64_t end) noexcept nogil:
+        """Where a write from ``start`` has to end: at other keys, or at zeros that need none."""
+        cdef uint64_t chunk = start // self.chunk_size
+        cdef uint64_t border = (chunk + 1) * self.chunk_size
+        cdef Keys *keys = &target.keys[chunk] if self.dynamic else target.keys
+        while border < end:
+            chunk += 1
+            if self.dynamic and (target.keys[chunk].rkey != keys.rkey
+                                 or target.keys[chunk].lkey != keys.lkey):
+                return border
+            if self.needless(target, border, min(border + self.chunk_size, end)):
+                return border
+            border += self.chunk_size
+        return end
+
+    cdef int want(self, int block, uint64_t start, uint64_t end) noexcept nogil:
+        """Ask for keys; the run goes up to the first chunk that has some."""
+        cdef Target *target = &self.targets[block]
+        cdef uint64_t chunk = start // self.chunk_size
+        cdef uint64_t last = min(chunk + WANTED_CHUNKS, target.chunks)
+        while chunk < last and target.keys[chunk].rkey == 0:
+            chunk += 1
+        self.wanted_block = block
+        self.wanted_start = start
+        self.wanted_length = min(end, chunk * self.chunk_size) - start
+        return _NEED_KEY
+
+    cdef int write(self, int block, uint64_t start, uint64_t *length) noexcept nogil:
+        """Post one write of what it can of a run, and say in length how much that was.
+
+        Anything but DONE means that nothing was posted.
+        """
         cdef Target *target = &self.targets[block]
         cdef Keys *keys = target.keys
+        cdef uint64_t chunk = start // self.chunk_size
+        cdef uint64_t end = min(start + length[0], (chunk + 1) * self.chunk_size)
         cdef ibv_sge sge
         cdef int result
         if self.skipping:
-            self.skipping = False
+            length[0] = min(length[0], self.skipping)
+            self.skipping = 0
+            return _DONE
+        if self.needless(target, start, end):
+            self.zero_bytes += end - start
+            length[0] = end - start
             return _DONE
         if self.dynamic:
-            keys += start // self.chunk_size
+            keys += chunk
             if keys.rkey == 0:
-                self.wanted_block = block
-                self.wanted_start = start
-                self.wanted_length = length
-                return _NEED_KEY
+                return self.want(block, start, start + length[0])
+        length[0] = self.extent(target, start, start + min(length[0], self.max_write)) - start
         sge.addr = target.local + start
-        sge.length = <uint32_t> length
+        sge.length = <uint32_t> length[0]
         sge.lkey = keys.lkey
         while True:
             if self.work.has_failed:
@@ -257,18 +317,26 @@ cdef class WriteQueue:
             self.work.write_limit = self.work.writes_outstanding
         self.work.writes_outstanding += 1
         self.writes += 1
-        self.bytes += length
+        self.bytes += length[0]
         if self.noting:
-            self.note(block, start, length)
+            self.note(block, start, length[0])
+        if target.untouched != NULL:
+            memset(&target.untouched[chunk], 0,
+                   (start + length[0] - 1) // self.chunk_size - chunk + 1)
         return _DONE
 
     cdef int flush_nogil(self) noexcept nogil:
         cdef int result
+        cdef uint64_t length
         if self.pending_block < 0:
             return _DONE
-        result = self.write(self.pending_block, self.pending_start,
-                            self.pending_end - self.pending_start)
+        # It lies within one chunk, so that it goes as a whole or not at all.
+        length = self.pending_end - self.pending_start
+        result = self.write(self.pending_block, self.pending_start, &length)
         if result == _DONE:
+            self.pending_start += length
+            if self.pending_start < self.pending_end:
+                return self.flush_nogil()
             self.pending_block = -1
         return result
 
@@ -326,11 +394,8 @@ cdef class WriteQueue:
         while i[0] < runs.shape[0]:
             while done[0] < runs[i[0], 1]:
                 start = runs[i[0], 0] + done[0]
-                length = min(runs[i[0], 1] - done[0], self.max_write)
-                if self.dynamic:
-                    # A key covers its chunk and no more.
-                    length = min(length, self.chunk_size - start % self.chunk_size)
-                result = self.write(block, start, length)
+                length = runs[i[0], 1] - done[0]
+                result = self.write(block, start, &length)
                 if result != _DONE:
                     return result
                 done[0] += length
@@ -348,9 +413,11 @@ cdef class WriteQueue:
 
     cdef int account(self) except -1:
         cdef uint64_t size = self.bytes - self.accounted
+        cdef uint64_t zeros = self.zero_bytes - self.zeros_accounted
         self.accounted = self.bytes
-        if size and self.issued is not None:
-            self.issued(size)
+        self.zeros_accounted = self.zero_bytes
+        if (size or zeros) and self.issued is not None:
+            self.issued(size, zeros)
         return 0
 
     cdef int resume(self, int result) except -1:

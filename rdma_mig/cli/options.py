@@ -129,16 +129,19 @@ def rdma_options(args: argparse.Namespace, *, listening: bool) -> RdmaOptions | 
     from rdma_mig.wire.uri import RdmaAddress, parse_uri
 
     pin_all = getattr(args, "rdma_pin_all", False)
+    assume_zero = getattr(args, "assume_zero_destination", False)
     if isinstance(parse_uri(args.uri, listening=listening), RdmaAddress):
         from rdma_mig.migration.rdma import RdmaOptions
         from rdma_mig.verbs.endpoint import EndpointOptions
 
         return RdmaOptions(
             pin_all=pin_all,
+            assume_zero=assume_zero,
             endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
         )
     given = {
         "--rdma-pin-all": pin_all,
+        "--assume-zero-destination": assume_zero,
         "--rdma-device": args.rdma_device is not None,
         "--gid-index": args.gid_index is not None,
     }

@@ -47,6 +47,13 @@ def add_parser(commands: Any) -> None:
         help="register all RAM at both ends at the start (QEMU's capability of that name)",
     )
     parser.add_argument(
+        "--assume-zero-destination",
+        action="store_true",
+        help="send no zeros for RAM blocks of 64 MiB and more: quicker where most memory is zero, "
+        "and wrong, unnoticed, where such a block of the destination is not all zero beforehand "
+        "(its RAM in a file that was used before)",
+    )
+    parser.add_argument(
         "--return-path",
         action=argparse.BooleanOptionalAction,
         help="let the destination say how it ended. Over RDMA, over a second connection, which it "

@@ -14,7 +14,7 @@ import fcntl
 import mmap
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -152,6 +152,22 @@ class GuestMemory(Closing):
             if error.errno == errno.ENXIO:
                 return None
             raise
+
+    def data_extents(self, length: int, unit: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what has pages, up to ``length``; the rest is zero.
+
+        In whole units of so many bytes: pages here and there in one are no extents of their own.
+        """
+        start = end = 0
+        while end < length and (at := self.next_data(end)) is not None:
+            if (first := at // unit * unit) > end:
+                if end > start:
+                    yield start, end
+                start = first
+            hole = os.lseek(self.fd, at, os.SEEK_HOLE)
+            end = min(-(-hole // unit) * unit, length)
+        if end > start:
+            yield start, end
 
     def populate(
         self, should_stop: Callable[[], bool] | None = None, step: int = 64 * _MIB

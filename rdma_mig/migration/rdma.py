@@ -42,6 +42,8 @@ class RdmaOptions:
     Attributes:
         pin_all: register all RAM at the start (QEMU's capability rdma-pin-all) instead of chunk
             by chunk on first use; outgoing only, since a destination does as the source asks.
+        assume_zero: take RAM blocks of 64 MiB and more of a destination that does not say so for
+            all zero, and send no zeros there; outgoing only. Wrong RAM where they are not.
         return_path: open the connection on which a destination says how it ended; outgoing only,
             since a destination takes what the source opens.
         total_seconds: limit on the whole migration; None for none.
@@ -58,6 +60,7 @@ class RdmaOptions:
     """
 
     pin_all: bool = False
+    assume_zero: bool = False
     return_path: bool = False
     allow: tuple[str, ...] = ()
     total_seconds: float | None = None
@@ -222,6 +225,7 @@ def _outgoing(
             replace(options.endpoint, trace=migration.trace),
             TransportLimits(options.total_seconds, options.stall_seconds),
             pin_all=options.pin_all,
+            assume_zero=options.assume_zero,
             return_path=options.return_path,
             stream_message=options.stream_message,
         )

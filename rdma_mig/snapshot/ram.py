@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import mmap
 import os
+import time
 from collections.abc import Callable, Generator
 from typing import Final
 
@@ -14,6 +17,7 @@ import xxhash
 from rdma_mig import _pages
 from rdma_mig.errors import MigrationCancelled
 from rdma_mig.memory import (
+    CHUNK_SIZE,
     TARGET_PAGE_SIZE,
     GuestMemory,
     RamBlock,
@@ -43,6 +47,9 @@ WINDOW: Final = 4096
 """Chunks whose digests are read or written at once: 64 KiB of them for 4 GiB of RAM."""
 
 _WRITEBACK: Final = 64 << 20
+# Pages that are touched to see how long that takes, and how many seconds for one are slow.
+_PROBED: Final = 32
+_SLOW_FAULT: Final = 10e-6
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _REOPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -165,16 +172,46 @@ def _chunks_with_data(
 ) -> Generator[tuple[int, int, memoryview], None, None]:
     """Chunks that have pages at all: number, offset, bytes. Holes of the memory stay holes.
 
-    To be closed when it is left early: it keeps a view of the memory.
+    The bytes are those of the mapping or, where touching that is slow, a copy of them that is good
+    up to the next chunk. To be closed when it is left early: it keeps a view of the memory.
     """
+    copies: memoryview | None = None
     with memory.view() as view:
         at = memory.next_data(0)
         while at is not None and at < block.length:
             chunk = chunk_of(at)
             start, size = chunk_range(chunk, block.length)
             with view[start : start + size] as part:
-                yield chunk, start, part
+                if copies is None and _faults_are_slow(part):
+                    copies = memoryview(bytearray(CHUNK_SIZE))
+                if copies is None:
+                    yield chunk, start, part
+                else:
+                    with copies[:size] as copy:
+                        _read_whole(memory.fd, copy, start)
+                        yield chunk, start, copy
             at = memory.next_data(start + size)
+
+
+def _faults_are_slow(part: memoryview) -> bool:
+    """Whether reading memory that the peer has written costs a slow page fault each page.
+
+    It does in emulated machines, where 1 GiB then takes 10 s and more, and a copy of it by the
+    kernel a second. Elsewhere the pages are mapped since they were registered.
+    """
+    with part[: _PROBED * mmap.PAGESIZE] as probed:
+        began = time.thread_time()
+        _pages.read_touch(probed, mmap.PAGESIZE)
+        return time.thread_time() - began > _PROBED * _SLOW_FAULT
+
+
+def _read_whole(fd: int, into: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(into):
+        with into[done:] as rest:
+            if not (count := os.preadv(fd, [rest], offset + done)):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done += count
 
 
 def _check(stop: Stop, doing: str, block: RamBlock) -> None:

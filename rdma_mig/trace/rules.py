@@ -469,9 +469,9 @@ class TraceRules:
         else:
             if self._request is not ControlType.REGISTER_REQUEST:
                 self._fail(record, f"{_memory(block, chunk)} is registered without a request")
-            self._fresh.append((block, chunk))
-            beyond = min(max(record["bytes"] - 1, 0) // CHUNK_SIZE, _BEYOND_MAX)
-            self.chunks.setdefault(block, set()).update(range(chunk, chunk + beyond + 1))
+            chunks = _chunks(record)
+            self._fresh += [(block, each) for each in chunks]
+            self.chunks.setdefault(block, set()).update(chunks)
         held.add(chunk)
 
     def _deregister(self, record: Numbered) -> None:
@@ -481,7 +481,7 @@ class TraceRules:
             self._fail(record, f"{_memory(block, chunk)} is withdrawn and was not registered")
         held.remove(chunk)
         if chunk is not None:
-            self._keys.asked.discard((block, chunk))
+            self._keys.asked.difference_update((block, each) for each in _chunks(record))
 
     def _write(self, record: Numbered) -> None:
         block, first, last = record["block"], record["chunk"], record["last"]
@@ -529,6 +529,12 @@ class TraceRules:
         else:
             self._fail(record, f"there is no state {state[:32]!a} of the commit point")
         self._commit = (by, state)
+
+
+def _chunks(record: Numbered) -> range:
+    """The chunks that a registration is of: one key may be for several in a row."""
+    first = record["chunk"]
+    return range(first, first + 1 + min(max(record["bytes"] - 1, 0) // CHUNK_SIZE, _BEYOND_MAX))
 
 
 def _memory(block: str, chunk: int | None) -> str:

@@ -35,7 +35,13 @@ from rdma_mig.wire.control import (
     decode_register_requests,
     encode_ram_blocks,
 )
-from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+from rdma_mig.wire.handshake import (
+    FEATURE_FINAL_ACK,
+    FEATURE_FRESH_BLOCKS,
+    FLAG_PIN_ALL,
+    Extension,
+    PrivateData,
+)
 from rdma_mig.wire.return_path import Pong, Shut
 
 if TYPE_CHECKING:
@@ -48,6 +54,8 @@ _HANDED_OVER = (
     "the source may have let go of its virtual machine: if it is in postmigrate (`info status` "
     "there), `cont` there resumes it, and else it runs on by itself"
 )
+
+_FEATURES = FEATURE_FINAL_ACK | FEATURE_FRESH_BLOCKS
 
 _HOOK = 2  # RAM_CONTROL_HOOK
 _BLOCK_REG = 4  # RAM_CONTROL_BLOCK_REG
@@ -100,7 +108,7 @@ class IncomingListener:
             extension = request.extension
             if extension is not None:
                 # The nonce goes back as it came: it names this connection to both ends.
-                extension = Extension(extension.features & FEATURE_FINAL_ACK, extension.nonce)
+                extension = Extension(extension.features & _FEATURES, extension.nonce)
             return PrivateData(1, request.flags & FLAG_PIN_ALL, extension).encode()
 
         def answer(private_data: bytes, peer: str) -> bytes:
@@ -157,6 +165,7 @@ class RdmaIncoming:
         self.control = ControlChannel(endpoint, limits)
         self.pin_all = asked.pin_all
         self.final_ack = bool(asked.extension and asked.extension.features & FEATURE_FINAL_ACK)
+        self._says_fresh = bool(asked.extension and asked.extension.features & FEATURE_FRESH_BLOCKS)
         self.phases = 0
         self.setup_seconds = 0.0
         self._ram: GuestRam | None = None
@@ -292,6 +301,8 @@ class RdmaIncoming:
             raise LocalProtocolError("the RAM blocks were not announced in stream order")
         began = time.monotonic()
         keys = [0] * len(ram)
+        # Asked before the memory is populated, when its being all zero still shows.
+        fresh = [self._says_fresh and guest.memory.next_data(0) is None for guest in ram]
         if self.pin_all:
             ram.populate(lambda: self._cancel.requested)
             if self._trace is not None:
@@ -307,7 +318,11 @@ class RdmaIncoming:
                 ).rkey
         records = [
             RamBlockRecord(
-                guest.memory.address, guest.offset, guest.block.length, keys[guest.index]
+                guest.memory.address,
+                guest.offset,
+                guest.block.length,
+                keys[guest.index],
+                fresh[guest.index],
             )
             for guest in ram
         ]

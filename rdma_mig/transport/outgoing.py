@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -40,7 +41,13 @@ from rdma_mig.wire.control import (
     decode_ram_blocks,
     decode_register_results,
 )
-from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+from rdma_mig.wire.handshake import (
+    FEATURE_FINAL_ACK,
+    FEATURE_FRESH_BLOCKS,
+    FLAG_PIN_ALL,
+    Extension,
+    PrivateData,
+)
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.stream import encode_hook
 
@@ -53,7 +60,12 @@ __all__ = ["RETURN_PATH_PING", "STREAM_MESSAGE", "RdmaOutgoing"]
 _SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
 
 # One write of all RAM would be quickest, but a wait could not be cancelled within it.
-_MAX_WRITE = 8 << 20
+_MAX_WRITE = 16 << 20
+# Smaller blocks are firmware and devices', which a QEMU fills before anything arrives.
+_ASSUMED_ZERO = 64 << 20
+# Chunks that are registered at once at most, where all of them hold data: a request takes a round
+# trip, and the source waits for it.
+_KEY_CHUNKS = 64
 # Bytes of the stream in one message: what QEMU itself sends at most.
 STREAM_MESSAGE = 32768
 
@@ -80,6 +92,8 @@ class RdmaOutgoing:
         limits: on the waits once it is up.
         pin_all: ask for the registration of all RAM at the start; a destination that refuses it
             gets RAM chunk by chunk.
+        assume_zero: send no zeros to large blocks of a destination that does not say which are
+            zero, as a QEMU's main RAM is when it has just been started.
         return_path: open a second connection, on which the destination says how it ended.
         stream_message: bytes of the stream in one message at most, 1 to 524272.
 
@@ -90,7 +104,6 @@ class RdmaOutgoing:
     Attributes:
         peer: HOST:PORT of the destination.
         pin_all: both ends pin all RAM.
-        zero_bytes: bytes of zero runs that were announced instead of written.
         final_ack: the destination says at the end whether RAM and state are whole and on disk.
         setup_seconds: populating, registering and agreeing on the blocks.
     """
@@ -104,6 +117,7 @@ class RdmaOutgoing:
         limits: TransportLimits,
         *,
         pin_all: bool,
+        assume_zero: bool = False,
         return_path: bool = False,
         stream_message: int = STREAM_MESSAGE,
     ) -> None:
@@ -113,14 +127,17 @@ class RdmaOutgoing:
         self._cancel = cancel
         self._limits = limits
         self.setup_seconds = 0.0
-        self.zero_bytes = 0
+        self._zero_bytes = 0
+        self._hears_fresh = False
+        self._assume_zero = assume_zero
         self._thread = threading.get_ident()
         self._file: QEMUFile | None = None  # where runs are accounted: the phase's
         self._in_setup = False
         self._exchanged = False
         self._phases = 0
         self._records: list[RamBlockRecord] = []
-        extension = Extension(FEATURE_FINAL_ACK, secrets.randbits(64))
+        features = FEATURE_FINAL_ACK | FEATURE_FRESH_BLOCKS
+        extension = Extension(features, secrets.randbits(64))
         asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
         self._return_path: ReturnPathReader | None = None
         self._endpoint = connect(address.host, address.port, asked.encode(), cancel, options)
@@ -131,9 +148,9 @@ class RdmaOutgoing:
                 self._return_path = self._open_return_path(address, asked, options)
             granted = PrivateData.decode(self._endpoint.private_data)
             self.pin_all = pin_all and granted.pin_all
-            self.final_ack = bool(
-                granted.extension and granted.extension.features & FEATURE_FINAL_ACK
-            )
+            features = granted.extension.features if granted.extension else 0
+            self.final_ack = bool(features & FEATURE_FINAL_ACK)
+            self._hears_fresh = bool(features & FEATURE_FRESH_BLOCKS)
             self.control = ControlChannel(self._endpoint, limits)
             self._queue = self._verbs.WriteQueue(
                 self._endpoint.queue,
@@ -214,6 +231,11 @@ class RdmaOutgoing:
         return int(self._queue.bytes)
 
     @property
+    def zero_bytes(self) -> int:
+        """Bytes of zeros that were not written: announced, or the destination has them."""
+        return self._zero_bytes + int(self._queue.zero_bytes)
+
+    @property
     def writes(self) -> int:
         """RDMA writes posted so far."""
         return int(self._queue.writes)
@@ -224,9 +246,11 @@ class RdmaOutgoing:
             return
         self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
 
-    def _issued(self, size: int) -> None:
-        if self._file is not None:
+    def _issued(self, size: int, zeros: int) -> None:
+        if self._file is not None and size:
             self._file.account(size, zero=False)
+        if self._file is not None and zeros:
+            self._file.account(zeros, zero=True)
         if self._trace is not None:
             self._note_writes(self._trace)
 
@@ -336,36 +360,56 @@ class RdmaOutgoing:
         self._own_thread()
         guest = self._ram.at_offset(block_offset)
         if dirty is None:
-            return self._save_runs(guest, memoryview(array("Q", [0, guest.block.length])))
+            return self._save_whole(guest)
         return sum(
             self._save_runs(guest, runs)
             for runs in dirty.runs(_MAX_WRITE, length=guest.block.length, boundary=0)
         )
+
+    def _save_whole(self, guest: GuestBlock) -> int:
+        """Write all of a block; of one that is zero at the destination, what has pages here."""
+        length = guest.block.length
+        extents = array("Q", [0, length])
+        if self._records[guest.index].fresh:
+            extents = array("Q")
+            for start, end in guest.memory.data_extents(length, CHUNK_SIZE):
+                extents.extend((start, end - start))
+        sent = self._save_runs(guest, memoryview(extents)) if extents else 0
+        if sent < length:
+            self._zero_bytes += length - sent
+            self._issued(0, length - sent)
+        return length
 
     def _save_runs(self, guest: GuestBlock, runs: memoryview) -> int:
         rows = runs.cast("B").cast("Q", [len(runs) // 2, 2])
         return int(self._queue.save_runs(guest.index, rows))
 
     def _ask_for_key(self, index: int, start: int, length: int) -> None:
-        """Deal with a run in a chunk that has no keys yet (docs/protocol.md, RAM phases).
+        """Deal with a run in chunks that have no keys yet (docs/protocol.md, RAM phases).
 
-        A run that is wholly zero needs none: the destination clears it by itself. Otherwise the
-        chunk is registered at both ends, and only that chunk.
+        What is wholly zero needs none: the destination clears it by itself. Otherwise chunks are
+        registered at both ends, as far as they hold data, and no others.
         """
         guest, record = self._ram[index], self._records[index]
         address = record.offset + start
-        with guest.memory.view() as view, view[start : start + length] as run:
-            zero = _pages.is_zero(run)
-        if zero:
-            message = ZeroRun(0, index, address, length).encode()
+        if zeros := self._zeros(guest, start, length):
+            message = ZeroRun(0, index, address, zeros).encode()
             self.control.send(ControlMessage(ControlType.COMPRESS, message))
-            self.zero_bytes += length
-            if self._file is not None:
-                self._file.account(length, zero=True)
-            self._queue.skip()
+            self._zero_bytes += zeros
+            self._issued(0, zeros)
+            self._queue.skip(zeros)
             return
         chunk = chunk_of(start)
-        first, size = chunk_range(chunk, guest.block.length)
+        last = chunk
+        most = min(chunk_of(start + length - 1), chunk + _KEY_CHUNKS - 1)
+        while last < most:
+            at, size = chunk_range(last + 1, start + length)
+            if self._zeros(guest, at, size):
+                break
+            last += 1
+        first, _ = chunk_range(chunk, guest.block.length)
+        at, size = chunk_range(last, guest.block.length)
+        size += at - first
         region: list[_verbs.MemoryRegion] = []
 
         def register() -> None:
@@ -382,7 +426,8 @@ class RdmaOutgoing:
 
         reply = self.control.request(
             ControlMessage(
-                ControlType.REGISTER_REQUEST, RegisterRecord(address, index, 0).encode()
+                ControlType.REGISTER_REQUEST,
+                RegisterRecord(address, index, last - chunk).encode(),
             ),
             ControlType.REGISTER_RESULT,
             meanwhile=register,
@@ -393,7 +438,28 @@ class RdmaOutgoing:
                 f"{self.peer} says that RAM block {index} lies at {result.host_address:#x} and "
                 f"said {record.host_address:#x} before"
             )
-        self._queue.set_chunk_keys(index, chunk, region[0].lkey, result.rkey)
+        for each in range(chunk, last + 1):
+            self._queue.set_chunk_keys(index, each, region[0].lkey, result.rkey)
+
+    @staticmethod
+    def _zeros(guest: GuestBlock, start: int, length: int) -> int:
+        """Return how many bytes from ``start`` on are zero: all, or up to the border of a chunk.
+
+        Memory without pages is zero, and not read: that would allocate them.
+        """
+        at, end = start, start + length
+        with guest.memory.view() as view:
+            while at < end:
+                found = guest.memory.next_data(at)
+                if found is None or found >= end:
+                    return length
+                border = chunk_of(found) * CHUNK_SIZE
+                at, stop = max(at, border), min(border + CHUNK_SIZE, end)
+                with view[found:stop] as part:
+                    if not _pages.is_zero(part):
+                        break
+                at = stop
+        return at - start
 
     # ---- setup ----
 
@@ -426,6 +492,10 @@ class RdmaOutgoing:
             meanwhile=register,
         )
         records = decode_ram_blocks(reply.payload, self._ram.lengths)
+        if not self._hears_fresh:
+            # What a QEMU sends there is padding.
+            least = _ASSUMED_ZERO if self._assume_zero else math.inf
+            records = [replace(record, fresh=record.length >= least) for record in records]
         for index, record in enumerate(records):
             if self.pin_all and record.rkey == 0:
                 raise RemoteProtocolError(
@@ -437,6 +507,7 @@ class RdmaOutgoing:
                 for (address, lkey), record in zip(regions, records, strict=True)
             ],
             dynamic=not self.pin_all,
+            fresh=[index for index, record in enumerate(records) if record.fresh],
         )
         self._records = records
         self._exchanged = True

@@ -40,6 +40,9 @@ def load() -> ModuleType:
         except ImportError as error:
             raise HostError(f"pyverbs cannot be loaded ({error})", remedy=_INSTALL) from None
         try:
+            # All that a connection needs: loading it later would be part of the migration's time.
+            from pyverbs import cmid, cq, device, pd, qp  # noqa: F401
+
             from rdma_mig import _verbs
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith("pyverbs"):

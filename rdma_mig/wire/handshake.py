@@ -16,6 +16,7 @@ from rdma_mig.wire.fields import check_uint
 __all__ = [
     "EXTENDED_PRIVATE_DATA_SIZE",
     "FEATURE_FINAL_ACK",
+    "FEATURE_FRESH_BLOCKS",
     "FLAG_EXTENSION",
     "FLAG_PIN_ALL",
     "PRIVATE_DATA_SIZE",
@@ -35,6 +36,8 @@ PRIVATE_DATA_SIZE = 8
 EXTENDED_PRIVATE_DATA_SIZE = 56
 #: The destination ends with a FINAL_ACK control message.
 FEATURE_FINAL_ACK = 0x1
+#: RAM_BLOCKS_RESULT says which blocks are all zero; zeros need not be sent to those.
+FEATURE_FRESH_BLOCKS = 0x2
 
 _BASE = struct.Struct(">II")
 _BLOCK = struct.Struct(">4sHHIQ24x")

@@ -59,17 +59,21 @@ class RamBlockRecord:
         offset: u64, where the block starts in the destination's own RAM address space.
         length: bytes, at least 1.
         rkey: u32, key of the whole block with pin-all, else 0.
+        fresh: the block is all zero. Between our own ends only, where both have
+            FEATURE_FRESH_BLOCKS: in what a QEMU sends this is padding, and means nothing.
 
-    Wire: docs/protocol.md, payloads.
+    Wire: docs/protocol.md, payloads, and the extension block.
     """
 
     SIZE: ClassVar[int] = 32
-    _FORMAT: ClassVar[struct.Struct] = struct.Struct(">QQQI4x")
+    _FORMAT: ClassVar[struct.Struct] = struct.Struct(">QQQI4s")
+    _FRESH: ClassVar[bytes] = b"ZERO"
 
     host_address: int
     offset: int
     length: int
     rkey: int
+    fresh: bool = False
 
     def _fault(self) -> str:
         if self.length == 0:
@@ -92,7 +96,8 @@ class RamBlockRecord:
         check_uint("RAM block rkey", self.rkey, 32)
         if fault := self._fault():
             raise LocalProtocolError(fault)
-        return self._FORMAT.pack(self.host_address, self.offset, self.length, self.rkey)
+        padding = self._FRESH if self.fresh else b""
+        return self._FORMAT.pack(self.host_address, self.offset, self.length, self.rkey, padding)
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> RamBlockRecord:
@@ -102,7 +107,8 @@ class RamBlockRecord:
             RemoteProtocolError: another size, length 0, or a range past 2^64.
         """
         _need("RAM block record", data, cls.SIZE)
-        record = cls(*cls._FORMAT.unpack(data))
+        address, offset, length, rkey, padding = cls._FORMAT.unpack(data)
+        record = cls(address, offset, length, rkey, padding == cls._FRESH)
         if fault := record._fault():
             raise RemoteProtocolError(fault)
         return record

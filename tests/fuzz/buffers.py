@@ -270,8 +270,10 @@ class WriteTrial:
         made: list[tuple[int, int, int]] = []
 
         def interrupted(_outcome: int) -> None:
-            made.append(queue.wanted)
-            queue.skip()
+            block, at, length = queue.wanted
+            piece = min(length, chunk - at % chunk)
+            made.append((block, at, piece))
+            queue.skip(piece)
 
         # It is never posted to: no chunk gets keys while pages are taken.
         work = self.verbs.WorkQueue.__new__(self.verbs.WorkQueue)
@@ -325,7 +327,7 @@ class WriteTrial:
             size = min(self.choose.choice([1, PAGE, length]), length - at, 2000 * most)
             rows += [at, size]
             while size:
-                piece = min(size, most, chunk - at % chunk)
+                piece = min(size, chunk - at % chunk)
                 wanted.append((block, at, piece))
                 at, size = at + piece, size - piece
         table = memoryview(array("Q", rows)).cast("B").cast("Q", [len(rows) // 2, 2])

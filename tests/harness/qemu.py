@@ -336,6 +336,25 @@ class Qemu:
         """What QEMU knows of its migration: ``status``, ``ram``, ``total-time``, ..."""
         return dict(self.qmp("query-migrate"))
 
+    def wait_event(
+        self, name: str, deadline: float | None = None, **data: object
+    ) -> dict[str, Any]:
+        """Wait for a QMP event with this data, without asking QEMU for anything meanwhile.
+
+        Events that come before it are used up. Those of migrations need the capability ``events``.
+        """
+        monitor = self._monitor
+        if monitor is None:
+            raise HarnessError(f"{self.name} was closed")
+
+        async def awaited() -> dict[str, Any]:
+            while True:
+                event = dict(await monitor.client.events.get())
+                if event["event"] == name and data.items() <= event["data"].items():
+                    return event
+
+        return self._talk(f"event {name} {data}", awaited(), deadline)
+
     def wait(self, what: str, true: Callable[[], _T], deadline: float | None = None) -> _T:
         """Wait until ``true()`` returns something true, and return that.
 

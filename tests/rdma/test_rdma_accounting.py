@@ -53,8 +53,7 @@ def test_counters_are_those_of_a_qemu(engine, pin_all):
             for page in range(CHUNK + 2, 2 * CHUNK):
                 yield 0, page
             yield 0, 2 * CHUNK
-            zeros = (CHUNK, 0) if pin_all else (0, CHUNK)
-            assert (counters.normal_pages - NORMAL, counters.duplicate_pages) == zeros
+            assert (counters.normal_pages, counters.duplicate_pages) == (NORMAL, CHUNK)
 
         source.round(first())
         source.round((0, page) for page in range(2 * CHUNK + 1, 12 * CHUNK))
@@ -69,13 +68,11 @@ def test_counters_are_those_of_a_qemu(engine, pin_all):
         run(engine.told()["uri"], ram, save, pin_all=pin_all)
         assert engine.told()["digests"] == digests(ram)
     (counters,) = found
-    normal, zero = (NORMAL + ZERO, 0) if pin_all else (NORMAL, ZERO)
-    assert (counters.normal_pages, counters.normal_bytes) == (normal, normal * PAGE)
-    assert (counters.duplicate_pages, counters.duplicate_bytes) == (zero, zero * PAGE)
+    # With pin-all too: between our own ends zeros are not written to memory that is zero already.
+    assert (counters.normal_pages, counters.normal_bytes) == (NORMAL, NORMAL * PAGE)
+    assert (counters.duplicate_pages, counters.duplicate_bytes) == (ZERO, ZERO * PAGE)
     assert (counters.skipped_pages, counters.skipped_bytes) == (0, 0)
-    assert counters.transferred == normal * PAGE + (NORMAL + ZERO) + 8 * ROUNDS
-    if not pin_all:
-        assert counters.transferred == DYNAMIC_TRANSFERRED
+    assert counters.transferred == DYNAMIC_TRANSFERRED
 
 
 def test_acct_update_position_on_any_file():
