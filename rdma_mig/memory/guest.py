@@ -169,6 +169,31 @@ class GuestMemory(Closing):
         if end > start:
             yield start, end
 
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Whether these bytes are zero; what has no pages is not read."""
+        at, end = offset, offset + length
+        with self.view() as view:
+            while (found := self.next_data(at)) is not None and found < end:
+                at = min(os.lseek(self.fd, found, os.SEEK_HOLE), end)
+                with view[found:at] as part:
+                    if not _pages.is_zero(part):
+                        return False
+        return True
+
+    def fill(self, offset: int, data: memoryview) -> None:
+        """Write the pages of ``data`` that are not zero to memory that is zero there.
+
+        Raises:
+            HostError: there is not enough memory.
+        """
+        self._mapped()
+        written = _pages.write_data(self.fd, data, offset, mmap.PAGESIZE)
+        if written < 0:
+            raise self._refused(
+                f"cannot be allocated ({_human(offset)} of it could)",
+                OSError(errno.ENOMEM if written == -errno.ENOSPC else -written, ""),
+            )
+
     def populate(
         self, should_stop: Callable[[], bool] | None = None, step: int = 64 * _MIB
     ) -> None:

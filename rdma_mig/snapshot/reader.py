@@ -163,24 +163,18 @@ class Snapshot(Closing):
         if memory.length < block.length:
             raise ValueError(f"RAM block {block.idstr!r} is longer than the memory given")
         total = 0
-        with memory.view() as view:
 
-            def slot(start: int, size: int) -> memoryview:
-                found = memory.next_data(start)
-                part = view[start : start + size]
-                # Populated memory is fresh too, as long as it is zero.
-                if found is not None and found < start + size and not _pages.is_zero(part):
-                    part.release()
-                    raise ValueError(f"the memory for RAM block {block.idstr!r} is not zero")
-                return part
-
-            def each(_part: memoryview, size: int) -> None:
-                nonlocal total
+        def each(start: int, part: memoryview, size: int) -> None:
+            nonlocal total
+            if not memory.is_zero(start, len(part)):
+                raise ValueError(f"the memory for RAM block {block.idstr!r} is not zero")
+            if size:
+                memory.fill(start, part)
                 total += size
-                if progress is not None and size:
+                if progress is not None:
                     progress(size)
 
-            self._walk(index, slot, each, should_stop, verify)
+        self._walk(index, each, should_stop, verify)
         return total
 
     def verify(self, should_stop: Stop = None, progress: Progress = None) -> None:
@@ -195,39 +189,36 @@ class Snapshot(Closing):
         """
         # Properties that check what they return.
         _ = self.config, self.device_state, self.description
-        zeros = bytes(CHUNK_SIZE)
-        with memoryview(bytearray(CHUNK_SIZE)) as view:
-            for index, record in enumerate(self.manifest.blocks):
-                found = 0
+        for index, record in enumerate(self.manifest.blocks):
+            found = 0
 
-                def each(part: memoryview, size: int) -> None:
-                    nonlocal found
-                    if size:
-                        found += _pages.data_bytes(part, TARGET_PAGE_SIZE)
-                        part[:] = zeros[: len(part)]
-                        if progress is not None:
-                            progress(size)
+            def each(_start: int, part: memoryview, size: int) -> None:
+                nonlocal found
+                if size:
+                    found += _pages.data_bytes(part, TARGET_PAGE_SIZE)
+                    if progress is not None:
+                        progress(size)
 
-                self._walk(index, lambda _, size: view[:size], each, should_stop, True)
-                if found != record.data_bytes:
-                    raise SnapshotError(
-                        f"{_fs.printable(self.path / MANIFEST)} is damaged: it gives RAM block "
-                        f"{_fs.printable(record.block.idstr)} {record.data_bytes} bytes of data, "
-                        f"there are {found}",
-                        remedy=_DAMAGED,
-                    )
+            self._walk(index, each, should_stop, True)
+            if found != record.data_bytes:
+                raise SnapshotError(
+                    f"{_fs.printable(self.path / MANIFEST)} is damaged: it gives RAM block "
+                    f"{_fs.printable(record.block.idstr)} {record.data_bytes} bytes of data, "
+                    f"there are {found}",
+                    remedy=_DAMAGED,
+                )
 
     def _walk(
         self,
         index: int,
-        slot: Callable[[int, int], memoryview],
-        each: Callable[[memoryview, int], None],
+        each: Callable[[int, memoryview, int], None],
         should_stop: Stop,
         verify: bool,
     ) -> None:
-        """Read a block chunk by chunk into what ``slot(offset, size)`` gives: zeros, to be filled.
+        """Read a block chunk by chunk, and compare with the digests.
 
-        ``each`` gets the slot, which is released after it, and the bytes that were read into it.
+        ``each`` gets the offset, the chunk's bytes, good until it returns, and how many of them
+        were read: the others are zero.
         """
         block = self.blocks[index]
         path = self.path / RAM / ram_file(index)
@@ -237,6 +228,10 @@ class Snapshot(Closing):
             if verify:
                 self._check_digest_list(index, digests)
             entries = b""
+            zeros = bytes(CHUNK_SIZE)
+            # Not straight into guest memory: what the processor has in its cache is hashed and
+            # copied sooner than a page fault for each page takes.
+            buffer = stack.enter_context(memoryview(bytearray(CHUNK_SIZE)))
             for chunk in range(chunk_count(block.length)):
                 if should_stop is not None and should_stop():
                     raise MigrationCancelled(
@@ -246,13 +241,15 @@ class Snapshot(Closing):
                     with _fs.failing("read", self.path / RAM / digest_file(index)):
                         entries = os.pread(digests, DIGEST_SIZE * WINDOW, chunk * DIGEST_SIZE)
                 start, size = chunk_range(chunk, block.length)
-                with slot(start, size) as part:
+                with buffer[:size] as part:
                     with _fs.failing(f"read (at offset {start:#x})", path):
                         done = _fs.checked(_pages.read_data(fd, part, start))
                     if verify:
                         at = chunk % WINDOW * DIGEST_SIZE
                         self._check_chunk(index, start, part, done, entries[at : at + DIGEST_SIZE])
-                    each(part, done)
+                    each(start, part, done)
+                    if done:
+                        part[:] = zeros[:size]
 
     def _check_chunk(
         self, index: int, start: int, part: memoryview, done: int, wanted: bytes

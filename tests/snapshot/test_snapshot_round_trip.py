@@ -257,7 +257,7 @@ with GuestMemory(block.length, "pc.ram") as memory:
 """
 
 
-def test_peak_memory_is_the_guests_and_little_more(tmp_path):
+def test_nothing_holds_ram_beside_the_guests_memory(tmp_path):
     extra = {}
     for what in ("write", "load", "verify"):
         child = subprocess.run(
@@ -270,5 +270,6 @@ def test_peak_memory_is_the_guests_and_little_more(tmp_path):
         )
         extra[what] = int(child.stdout) / MIB
     assert extra["write"] < 8
-    assert 256 <= extra["load"] < 256 + 8
+    # The guest's memory is filled, and not mapped yet.
+    assert extra["load"] < 8
     assert extra["verify"] < 8
