@@ -69,6 +69,11 @@ cdef extern from *:
         return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length);
     }
 
+    static int rm_punch(int fd, off_t offset, off_t length)
+    {
+        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+    }
+
     static void rm_start_writeback(int fd, off_t offset, off_t length)
     {
         (void)sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE);
@@ -79,6 +84,7 @@ cdef extern from *:
     void rm_touch_write(uint8_t *p, size_t n, size_t page) nogil
     unsigned rm_touch_read(const uint8_t *p, size_t n, size_t page) nogil
     int rm_reserve(int fd, long offset, long length) nogil
+    int rm_punch(int fd, long offset, long length) nogil
     void rm_start_writeback(int fd, long offset, long length) nogil
     int MADV_POPULATE_WRITE
     int madvise(void *address, size_t length, int advice) nogil
@@ -316,6 +322,26 @@ def write_data(int fd, const uint8_t[::1] buf not None, long offset, unit):
                     total = -errno
                     break
     return total
+
+
+def punch_zeros(int fd, const uint8_t[::1] buf not None, long offset, unit):
+    """Give back the blocks of every unit of ``buf`` that is wholly zero; it lies at ``offset``.
+
+    Returns 0 or a negative errno.
+    """
+    cdef size_t step = _positive(unit, "unit"), at = 0, start = 0, end, n = <size_t>buf.shape[0]
+    cdef int result = 0
+    with nogil:
+        while at < n and result == 0:
+            end = _run(buf, at, step, &start)
+            if end == 0:
+                start = end = n
+            while start > at and rm_punch(fd, offset + <long>at, <long>(start - at)) < 0:
+                if errno != EINTR:
+                    result = -errno
+                    break
+            at = end
+    return result
 
 
 def read_data(int fd, uint8_t[::1] buf not None, long offset):

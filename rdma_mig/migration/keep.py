@@ -59,7 +59,8 @@ class SnapshotKeeper:
 
     Attributes:
         writer: of the directory.
-        nonzero: bytes of RAM in pages that are not zero, once room was made for them.
+        nonzero: bytes of RAM in pages that are not zero, once it is written; before, what room was
+            made for.
         committed: the snapshot has its name.
         reserving_seconds: making room, and writing RAM where that was done with it.
         writing_seconds: from the commit's begin to its end.
@@ -74,6 +75,7 @@ class SnapshotKeeper:
         self.committed = False
         self.reserving_seconds = 0.0
         self.writing_seconds = 0.0
+        self._has_room = False
         self._ram_is_written = False
 
     def close(self) -> None:
@@ -93,6 +95,7 @@ class SnapshotKeeper:
             [(guest.block, guest.memory) for guest in ram],
             should_stop=lambda: migration.cancellation.requested,
         )
+        self._has_room = True
         if write is not None:
             self._write_ram(migration, ram)
             self._note_written(write)
@@ -107,8 +110,10 @@ class SnapshotKeeper:
             if written % (64 << 20) < size:
                 migration.emit(Progress("write", written, self.nonzero))
 
-        for guest in ram:
+        self.nonzero = sum(
             self.writer.write_ram(guest.index, lambda: migration.cancellation.requested, progress)
+            for guest in ram
+        )
         self._ram_is_written = True
 
     def _note_written(self, facts: StreamFacts) -> None:
@@ -170,6 +175,8 @@ class SnapshotKeeper:
         Raises:
             SnapshotError: it could not be written.
         """
+        if not self._has_room:
+            self.reserve(migration, ram, None)
         began = time.monotonic()
         if not self._ram_is_written:
             self._write_ram(migration, ram)

@@ -278,12 +278,14 @@ class SnapshotDestination:
         first: nobody can change RAM any more, and the disk has room for all of it.
 
         A source with a return path waits for our word instead, and until then goes on with its
-        guest if anything fails here. What can fail comes early all the same.
+        guest if anything fails here. What can fail comes early all the same. Where the source
+        awaits the final acknowledgement it keeps its machine until then, and room is made after it.
         """
         assert self._ram is not None
         migration.state.step = "making sure of disk space"
         transport.withdraw_keys()
-        self.keeper.reserve(migration, self._ram, self._facts() if self._sync_before else None)
+        if self._sync_before or transport.has_return_path or not transport.final_ack:
+            self.keeper.reserve(migration, self._ram, self._facts() if self._sync_before else None)
         self._ram_is_whole = True
         migration.state.step = "receiving device state"
         if not transport.has_return_path:

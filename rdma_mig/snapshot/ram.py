@@ -33,6 +33,7 @@ __all__ = [
     "WINDOW",
     "Progress",
     "Stop",
+    "clear_block",
     "create_block",
     "data_bytes",
     "digest_size",
@@ -50,6 +51,8 @@ _WRITEBACK: Final = 64 << 20
 # Pages that are touched to see how long that takes, and how many seconds for one are slow.
 _PROBED: Final = 32
 _SLOW_FAULT: Final = 10e-6
+# Pages of a chunk that are looked at first.
+_GLANCES: Final = 4
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _REOPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -69,24 +72,52 @@ def create_block(ram: int, index: int, block: RamBlock) -> None:
             os.ftruncate(fd, size)
 
 
-def reserve_block(ram: int, index: int, block: RamBlock, memory: GuestMemory, stop: Stop) -> int:
+def reserve_block(
+    ram: int,
+    index: int,
+    block: RamBlock,
+    memory: GuestMemory,
+    stop: Stop,
+    *,
+    exactly: bool = True,
+) -> int:
     """Set disk space aside for a block's pages that are not zero, and for its digests.
 
-    Returns the bytes in such pages. OSError is the file system's; nothing is undone.
+    Where looking at every page takes long and ``exactly`` is not asked for, a chunk that is not
+    zero at a first glance gets space for all of it; `write_block` gives back what it does not use.
+
+    Returns the bytes that space was set aside for. OSError is the file system's; nothing is undone.
     """
     if block.length > memory.length:
         raise ValueError(f"RAM block {block.idstr!r} is longer than its memory")
     total = 0
     with _fs.closing(os.open(digest_file(index), _REOPEN, dir_fd=ram)) as fd:
         _fs.set_aside(fd, digest_size(block))
-    with (
-        _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd,
-        contextlib.closing(_chunks_with_data(block, memory)) as chunks,
-    ):
-        for _, start, part in chunks:
+    with _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd:
+
+        def whole(start: int, size: int) -> bool:
+            nonlocal total
             _check(stop, "setting disk space aside for", block)
-            total += _fs.checked(_pages.allocate_data(fd, part, start, TARGET_PAGE_SIZE))
+            if not _data_at_a_glance(memory, start, size):
+                return False
+            _fs.checked(_pages.reserve_space(fd, start, size))
+            total += size
+            return True
+
+        done = None if exactly else whole
+        with contextlib.closing(_chunks_with_data(block, memory, done)) as chunks:
+            for _, start, part in chunks:
+                _check(stop, "setting disk space aside for", block)
+                total += _fs.checked(_pages.allocate_data(fd, part, start, TARGET_PAGE_SIZE))
     return total
+
+
+def clear_block(ram: int, index: int, block: RamBlock) -> None:
+    """Give back what `reserve_block` set aside."""
+    for name, size in ((ram_file(index), block.length), (digest_file(index), digest_size(block))):
+        with _fs.closing(os.open(name, _REOPEN, dir_fd=ram)) as fd:
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
 
 
 def data_bytes(block: RamBlock, memory: GuestMemory, stop: Stop) -> int:
@@ -119,6 +150,9 @@ def write_block(
         for chunk, start, part in chunks:
             _check(stop, "writing to disk", block)
             size = _fs.checked(_pages.write_data(fd, part, start, TARGET_PAGE_SIZE))
+            if size < len(part):
+                # Space may have been set aside for it; where it cannot be given back, it stays so.
+                _pages.punch_zeros(fd, part, start, TARGET_PAGE_SIZE)
             if not size:
                 continue
             digests.put(chunk, xxhash.xxh3_128_digest(part))
@@ -168,12 +202,13 @@ class _DigestList:
 
 
 def _chunks_with_data(
-    block: RamBlock, memory: GuestMemory
+    block: RamBlock, memory: GuestMemory, done: Callable[[int, int], bool] | None = None
 ) -> Generator[tuple[int, int, memoryview], None, None]:
     """Chunks that have pages at all: number, offset, bytes. Holes of the memory stay holes.
 
     The bytes are those of the mapping or, where touching that is slow, a copy of them that is good
-    up to the next chunk. To be closed when it is left early: it keeps a view of the memory.
+    up to the next chunk; before one is made ``done`` is asked, with offset and size, whether the
+    chunk is to be left out. To be closed when it is left early: it keeps a view of the memory.
     """
     copies: memoryview | None = None
     with memory.view() as view:
@@ -186,7 +221,7 @@ def _chunks_with_data(
                     copies = memoryview(bytearray(CHUNK_SIZE))
                 if copies is None:
                     yield chunk, start, part
-                else:
+                elif done is None or not done(start, size):
                     with copies[:size] as copy:
                         _read_whole(memory.fd, copy, start)
                         yield chunk, start, copy
@@ -203,6 +238,16 @@ def _faults_are_slow(part: memoryview) -> bool:
         began = time.thread_time()
         _pages.read_touch(probed, mmap.PAGESIZE)
         return time.thread_time() - began > _PROBED * _SLOW_FAULT
+
+
+def _data_at_a_glance(memory: GuestMemory, start: int, size: int) -> bool:
+    """Whether one of a few pages of a chunk is not zero."""
+    page = bytearray(mmap.PAGESIZE)
+    for offset in range(start, start + size, max(size // _GLANCES, 1)):
+        count = os.preadv(memory.fd, [page], offset)
+        if not _pages.is_zero(memoryview(page)[:count]):
+            return True
+    return False
 
 
 def _read_whole(fd: int, into: memoryview, offset: int) -> None:

@@ -37,6 +37,7 @@ from rdma_mig.snapshot.manifest import (
     ram_file,
 )
 from rdma_mig.snapshot.ram import (
+    clear_block,
     create_block,
     data_bytes,
     digest_size,
@@ -165,7 +166,8 @@ class SnapshotWriter:
 
         Blocks of the file system are set aside for every page of 4 KiB that is not zero, for the
         digests, the manifest, and ``device_state`` bytes; writing them cannot run out of space
-        afterwards. A file system that cannot reserve (NFS before 4.2, ramfs) is only asked how
+        afterwards. Until they are written it may be a little more, where looking takes long and
+        there is room. A file system that cannot reserve (NFS before 4.2, ramfs) is only asked how
         much is free now.
 
         Args:
@@ -175,7 +177,7 @@ class SnapshotWriter:
             should_stop: asked every MiB of data; true ends it with `MigrationCancelled`.
 
         Returns:
-            Bytes of RAM in pages that are not zero.
+            Bytes of RAM that space was set aside for.
         """
         if self._blocks:
             raise RuntimeError("space was set aside already")
@@ -192,24 +194,17 @@ class SnapshotWriter:
                     create_block(ram, index, block)
         free = before.f_bavail * before.f_frsize
         manifest = 65536 + 4096 * len(blocks)
-        where = self._partial
         try:
-            total = 0
-            with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
-                for index, (block, memory) in enumerate(blocks):
-                    where = self._partial / RAM / ram_file(index)
-                    total += reserve_block(ram, index, block, memory, should_stop)
-            where = self._partial / DEVICE_STATE
-            _fs.set_aside(self._state, device_state)
-            where = self._partial / MANIFEST
-            _fs.set_aside(self._manifest, manifest)
-            where = self._partial / DESCRIPTION
-            with _fs.closing(os.open(DESCRIPTION, _CREATE, 0o600, dir_fd=self._dir)) as fd:
-                _fs.set_aside(fd, _DESCRIPTION_RESERVE)
+            try:
+                total = self._set_aside(device_state, manifest, should_stop, exactly=False)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                total = self._set_aside(device_state, manifest, should_stop, exactly=True)
         except OSError as error:
             code = error.errno
             if code not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise _fs.failure(error, "set space aside for", where) from error
+                raise _fs.failure(error, "set space aside for", self._partial) from error
             total = sum(data_bytes(block, memory, should_stop) for block, memory in blocks)
             digests = sum(digest_size(block) for block, _ in blocks)
             need = total + digests + device_state + _DESCRIPTION_RESERVE + manifest
@@ -217,6 +212,22 @@ class SnapshotWriter:
             if code in (errno.EOPNOTSUPP, errno.ENOSYS) and (need <= free or not before.f_blocks):
                 return total
             raise self._no_space(code, need, free) from error
+        return total
+
+    def _set_aside(
+        self, device_state: int, manifest: int, should_stop: Stop, *, exactly: bool
+    ) -> int:
+        total = 0
+        with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
+            if exactly:  # what was set aside before was more than there is
+                for index, (block, _) in enumerate(self._blocks):
+                    clear_block(ram, index, block)
+            for index, (block, memory) in enumerate(self._blocks):
+                total += reserve_block(ram, index, block, memory, should_stop, exactly=exactly)
+        _fs.set_aside(self._state, device_state)
+        _fs.set_aside(self._manifest, manifest)
+        with _fs.closing(os.open(DESCRIPTION, _CREATE & ~os.O_EXCL, 0o600, dir_fd=self._dir)) as fd:
+            _fs.set_aside(fd, _DESCRIPTION_RESERVE)
         return total
 
     def _no_space(self, code: int | None, need: int, free: int) -> SnapshotError:

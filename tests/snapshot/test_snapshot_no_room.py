@@ -124,6 +124,34 @@ def test_zero_pages_need_no_room(tmp_path):
     assert told["left"] == ["vm"]
 
 
+# As where a look at each page takes long: a page of each chunk holds data.
+GLANCES = """
+import rdma_mig.snapshot.ram
+rdma_mig.snapshot.ram._faults_are_slow = lambda part: True
+with memory.view() as view:
+    for at in range(0, SIZE, MIB):
+        view[at] = 1
+aside = []
+def look(writer):
+    [partial] = [name for name in os.listdir(base) if name.startswith("vm.partial-")]
+    aside.append(os.stat(base / partial / "ram/0.raw").st_blocks * 512)
+"""
+
+
+def test_what_was_set_aside_at_a_glance_is_given_back(tmp_path):
+    code = GLANCES.replace("SIZE", "4 * MIB")
+    code += "working(lambda: keep(between=look)); assert aside == [4 * MIB, 4 * 4096], aside"
+    _, told = run(tmp_path, code, tmpfs("32m"))
+    assert told["used"] == 4 * 4096
+
+
+def test_where_a_glance_asks_for_too_much_each_page_is_looked_at(tmp_path):
+    code = GLANCES.replace("SIZE", "16 * MIB")
+    code += "working(lambda: keep(between=look)); assert aside == [16 * 4096] * 2, aside"
+    _, told = run(tmp_path, code, tmpfs("12m"))
+    assert told["used"] == 16 * 4096
+
+
 def test_what_was_set_aside_nobody_else_can_take(tmp_path):
     """The point of it: full to the last block after `reserve`, and still all of it fits."""
     code = "data(6 * MIB); working(lambda: keep(4096, between=lambda writer: fill_the_rest()))"
