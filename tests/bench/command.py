@@ -25,6 +25,12 @@ from rdma_mig.migration.receive import SnapshotDestination
 from rdma_mig.transport import outgoing
 
 
+def peak() -> int:
+    """Return the bytes that were resident at most; ru_maxrss begins with the parent's."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+
+
 def stamped(event: dict[str, Any]) -> str:
     """Return the event as a line, with what was used up to now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -32,7 +38,7 @@ def stamped(event: dict[str, Any]) -> str:
         "at": time.time(),
         "user": used.ru_utime,
         "system": used.ru_stime,
-        "peak": used.ru_maxrss << 10,
+        "peak": peak(),
     }
     return json.dumps(event | more)
 
