@@ -22,7 +22,7 @@ __all__ = ["Custody"]
 # Python starts within a fraction of a second, on an emulated processor within several. The source's
 # guest runs meanwhile.
 _START_SECONDS: Final = 30.0
-# Of the guest's downtime; usually a millisecond.
+# Of the guest's downtime; usually two milliseconds.
 _TAKE_SECONDS: Final = 5.0
 _END_SECONDS: Final = 5.0
 _WHO: Final = "the process that guards guest RAM"
