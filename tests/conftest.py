@@ -30,7 +30,7 @@ IN_EVERY_RUN = (
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
     "interop/test_commands.py::test_signal_in_mid_transfer_leaves_the_guest_to_its_source[15]",
     "interop/test_commit_point.py::test_killed_just_before_it_the_guest_runs_again_by_itself[after]",
-    "interop/test_commit_point.py::test_killed_when_the_source_has_let_go[before]",
+    "interop/test_commit_point.py::test_killed_when_the_source_has_let_go[after]",
     "manager/test_restore.py::test_recorded_command_of_somebody_else_is_not_run",
     "packaging/test_plugin.py::test_running_machine_moves_by_another_engine",
     "packaging/test_plugin.py::test_guest_becomes_a_snapshot_and_runs_again[rdma-dynamic-process]",

@@ -133,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
             args.shared_block,
             max_ram=args.max_ram,
             sync_before=args.sync == "before",
+            # A file stays what it is, whatever becomes of this process.
+            custodian=not args.uri.startswith("file:"),
         )
         try:
             for left in destination.writer.stale:

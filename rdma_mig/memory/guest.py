@@ -88,17 +88,36 @@ class GuestMemory(Closing):
     """
 
     def __init__(self, length: int, name: str) -> None:
-        self.name = name
-        self.length = length
-        self.fd = -1
-        self._holds: list[MemoryHold] = []
-        self._map: mmap.mmap | None = None
         if length <= 0:
             raise ValueError(f"guest memory {name!r} of {length} bytes")
+        self._set_up(length, name, -1)
+
+    @classmethod
+    def adopt(cls, fd: int, name: str) -> GuestMemory:
+        """Map the memory of another process.
+
+        Args:
+            fd: what its `fd` was sent as; closed with this, also when it fails.
+            name: as above.
+
+        Raises:
+            HostError: it cannot be mapped.
+        """
+        memory = cls.__new__(cls)
+        memory._set_up(os.fstat(fd).st_size, name, fd)
+        return memory
+
+    def _set_up(self, length: int, name: str, fd: int) -> None:
+        self.name = name
+        self.length = length
+        self.fd = fd
+        self._holds: list[MemoryHold] = []
+        self._map: mmap.mmap | None = None
         try:
-            self.fd = _memfd(name)
-            os.ftruncate(self.fd, length)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+            if fd < 0:
+                self.fd = _memfd(name)
+                os.ftruncate(self.fd, length)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
             self._map = mmap.mmap(self.fd, length, mmap.MAP_SHARED)
             # A core dump would hold the guest's secrets, and take as long as the guest is large.
             self._map.madvise(mmap.MADV_DONTDUMP)

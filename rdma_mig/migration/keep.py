@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdma_mig.errors import SnapshotError
+from rdma_mig.errors import HostError, SnapshotError
 from rdma_mig.memory.blocks import RamBlock
 from rdma_mig.memory.ram import GuestRam
-from rdma_mig.migration.events import Progress
+from rdma_mig.migration.custody import Custody
+from rdma_mig.migration.events import Progress, Warned
 from rdma_mig.migration.shared_blocks import SharedBlocks
 from rdma_mig.migration.state import Migration
 from rdma_mig.snapshot import SharedBlock, SnapshotWriter
@@ -56,6 +57,7 @@ class SnapshotKeeper:
 
     Args:
         path: the snapshot directory; must not exist.
+        custodian: start a process that finishes it, should this one be killed.
 
     Attributes:
         writer: of the directory.
@@ -69,8 +71,15 @@ class SnapshotKeeper:
         SnapshotError: it cannot be written there.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, custodian: bool = False) -> None:
         self.writer = SnapshotWriter(path)
+        self._custody: Custody | None = None
+        self._unguarded = ""
+        if custodian:
+            try:
+                self._custody = Custody(self.writer.partial)
+            except HostError as error:
+                self._unguarded = error.message
         self.nonzero = 0
         self.committed = False
         self.reserving_seconds = 0.0
@@ -83,6 +92,55 @@ class SnapshotKeeper:
         if self.writer.keep_on_failure and not self.committed:
             self.writer.keep_incomplete()
         self.writer.abandon()
+        # Behind all of that, which it would do if this process were killed meanwhile.
+        self.dismiss_custodian()
+
+    # ---- the custodian ----
+
+    def wait_custodian(self, migration: Migration) -> None:
+        """Wait until the custodian is at work, if there is to be one; without it all goes on."""
+        if self._custody is not None:
+            try:
+                self._custody.wait_ready(migration.cancellation)
+            except HostError as error:
+                self._do_without(migration, error.message)
+        elif self._unguarded:
+            self._do_without(migration, self._unguarded)
+
+    def entrust(self, migration: Migration, facts: StreamFacts) -> None:
+        """Hand RAM, of which space was set aside for, to the custodian, if there is one."""
+        if self._custody is None:
+            return
+        try:
+            self._custody.entrust(
+                self.writer.entrust(
+                    machine=facts.machine,
+                    ram_section_id=facts.ram_section_id,
+                    footers=facts.footers,
+                    shared=facts.shared,
+                ),
+                migration.cancellation,
+            )
+        except HostError as error:
+            self._do_without(migration, error.message)
+
+    def _do_without(self, migration: Migration, why: str) -> None:
+        self.dismiss_custodian()
+        migration.emit(
+            Warned(
+                f"{why}: should this process be killed before RAM has been written, it is lost "
+                "here, and `cont` at the source resumes its guest (--sync before needs no such "
+                "process)"
+            )
+        )
+
+    def dismiss_custodian(self) -> None:
+        """End it: this process has ended in order, or needs none."""
+        custody, self._custody = self._custody, None
+        if custody is not None:
+            custody.close()
+
+    # ---- RAM ----
 
     def reserve(self, migration: Migration, ram: GuestRam, write: StreamFacts | None) -> None:
         """Make room on disk for all of RAM; and write it, noting ``write`` with it, if given.

@@ -71,6 +71,9 @@ class SnapshotDestination:
             `NO_SHARED_BLOCKS` for none; None to guess.
         max_ram: most bytes of RAM that a guest may have, within what this host has available.
         sync_before: put RAM on disk before the commit point, at the cost of the guest's downtime.
+        custodian: start a process at once that finishes the snapshot should this one be killed
+            when RAM is here, in memory only, and the source may have let go. What it says goes to
+            standard error. Useless with ``sync_before``.
 
     Raises:
         SnapshotError: it cannot be written there.
@@ -83,8 +86,9 @@ class SnapshotDestination:
         *,
         max_ram: int | None = None,
         sync_before: bool = False,
+        custodian: bool = False,
     ) -> None:
-        self.keeper = SnapshotKeeper(path)
+        self.keeper = SnapshotKeeper(path, custodian=custodian and not sync_before)
         self._max_ram = max_ram
         self._sync_before = sync_before
         self._named_shared = shared_blocks
@@ -125,6 +129,10 @@ class SnapshotDestination:
             self._parser = StreamParser(self._page_reader)
         self._began = time.monotonic()
         try:
+            if self._lets_go(transport):
+                self.keeper.wait_custodian(migration)
+            else:
+                self.keeper.dismiss_custodian()
             self._load_ram(migration, file, transport)
             self._load_device_state(migration, file, transport)
             self._transferred = time.monotonic()
@@ -286,6 +294,8 @@ class SnapshotDestination:
         transport.withdraw_keys()
         if self._sync_before or transport.has_return_path or not transport.final_ack:
             self.keeper.reserve(migration, self._ram, self._facts() if self._sync_before else None)
+        if self._lets_go(transport):
+            self.keeper.entrust(migration, self._facts())
         self._ram_is_whole = True
         migration.state.step = "receiving device state"
         if not transport.has_return_path:
@@ -293,6 +303,11 @@ class SnapshotDestination:
                 transport.next_ready_commits()
             self.writer.keep_on_failure = transport.source_lets_go
             migration.state.owner = transport.handed_over
+
+    @staticmethod
+    def _lets_go(transport: DestinationTransport) -> bool:
+        """Whether the source gives its guest up without a word of ours, as far as is known."""
+        return transport.source_lets_go and not (transport.final_ack or transport.has_return_path)
 
     # ---- device state ----
 

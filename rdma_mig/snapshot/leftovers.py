@@ -25,7 +25,7 @@ from rdma_mig.snapshot.manifest import (
     WRITTEN,
 )
 
-__all__ = ["Leftover", "abandoned", "find", "parent_lock", "remove"]
+__all__ = ["Leftover", "abandoned", "find", "name_incomplete", "parent_lock", "remove"]
 
 _NAME = re.compile(r"(?P<of>.+)\.(?P<kind>partial-[0-9]+|incomplete)(\.[0-9]+)?")
 _OURS = frozenset(
@@ -159,6 +159,33 @@ def parent_lock(parent: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             fcntl.flock(parent, fcntl.LOCK_UN)
+
+
+def name_incomplete(parent: int, present: str, of: str) -> str | None:
+    """Rename ``present`` to ``OF.incomplete``, with ``.N`` added when that is taken.
+
+    Args:
+        parent: descriptor of the directory that both names are in, made durable.
+        present: the name it has.
+        of: the snapshot's final name.
+
+    Returns:
+        The new name; None where it could not be renamed and keeps the one it has.
+    """
+    named = None
+    for attempt in range(1000):
+        name = f"{of}.incomplete" + (f".{attempt}" if attempt else "")
+        try:
+            _fs.rename_noreplace(parent, present, name)
+        except FileExistsError:
+            continue
+        except OSError:
+            break
+        named = name
+        break
+    with contextlib.suppress(OSError):
+        os.fsync(parent)
+    return named
 
 
 def abandoned(parent: int, name: str) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a snapshot of what a run has left, where all of it had arrived."""
+"""Making a snapshot of what a run has left, where all of it had arrived; and what that needs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,41 @@ from rdma_mig.snapshot.manifest import (
 from rdma_mig.snapshot.reader import Snapshot
 from rdma_mig.wire.description import DeviceStateScanner
 
-__all__ = ["recover"]
+__all__ = ["LEFT", "complete", "note_written", "recover", "state_is_whole"]
 
-_LEFT = re.compile(r"(?P<of>.+)\.(partial-[0-9]+|incomplete)(\.[0-9]+)?")
+LEFT = re.compile(r"(?P<of>.+)\.(partial-[0-9]+|incomplete)(\.[0-9]+)?")
+"""The name of what a run has left; ``of`` is DIR's."""
+
 _RAM_IS_LOST = (
     "the source has the virtual machine: `cont` there resumes it (QEMU: postmigrate), if it does "
     "not run already"
 )
+
+
+def note_written(directory: int, manifest: Manifest) -> None:
+    """Say in a partial that all RAM is on disk.
+
+    Args:
+        directory: its descriptor.
+        manifest: all but device state, of which anything may be said.
+
+    Raises:
+        OSError: it could not be written; nothing is said then.
+    """
+    # Under another name first: it is there whole or not at all.
+    new = f"{WRITTEN}.new"
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with _fs.closing(os.open(new, flags, 0o600, dir_fd=directory)) as fd:
+            _fs.write_all(fd, manifest.encode(), 0)
+            os.fsync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new, dir_fd=directory)
+        raise
+    os.rename(new, WRITTEN, src_dir_fd=directory, dst_dir_fd=directory)
+    _fs.fsync_dir(RAM, directory)
+    os.fsync(directory)
 
 
 def recover(left: Path) -> Path:
@@ -54,7 +82,7 @@ def recover(left: Path) -> Path:
     """
     left = Path(os.path.abspath(left))
     shown = _fs.printable(left)
-    match = _LEFT.fullmatch(left.name)
+    match = LEFT.fullmatch(left.name)
     if match is None:
         raise SnapshotError(
             f"{shown} is not what a run has left",
@@ -74,12 +102,7 @@ def recover(left: Path) -> Path:
             except BlockingIOError:
                 raise SnapshotError(f"a run works on {shown}", remedy="wait for its end") from None
         if not os.fstat(lock).st_size:
-            try:
-                _complete(left, directory, lock)
-            except SnapshotError:
-                # As it was: an empty one says no more than none.
-                os.ftruncate(lock, 0)
-                raise
+            complete(left, directory, lock)
         with _fs.failing("clean up", left), contextlib.suppress(FileNotFoundError):
             os.unlink(WRITTEN, dir_fd=directory)
         with Snapshot.open(left) as snapshot:
@@ -102,8 +125,58 @@ def recover(left: Path) -> Path:
     return final
 
 
+def _device_state(left: Path, directory: int) -> tuple[bytes, DeviceStateScanner]:
+    with (
+        _fs.failing("read", left / DEVICE_STATE),
+        open(_fs.open_file(DEVICE_STATE, directory), "rb") as file,
+    ):
+        state = file.read(MAX_DEVICE_STATE)
+        os.fsync(file.fileno())
+    scanner = DeviceStateScanner()
+    scanner.feed(state)
+    return state, scanner
+
+
+def _end(scanner: DeviceStateScanner) -> int | None:
+    try:
+        return scanner.eof_offset
+    except LocalProtocolError:
+        return None
+
+
+def state_is_whole(left: Path, directory: int) -> bool:
+    """Whether what there is of the device state ends where a machine's does.
+
+    Args:
+        left: the directory's name, for messages.
+        directory: its descriptor.
+
+    Raises:
+        SnapshotError: it cannot be read.
+    """
+    return _end(_device_state(left, directory)[1]) is not None
+
+
+def complete(left: Path, directory: int, lock: int) -> None:
+    """Write the manifest that a run did not come to write.
+
+    Args:
+        left: the directory's name, for messages.
+        directory: its descriptor.
+        lock: descriptor of its manifest, locked.
+
+    Raises:
+        SnapshotError: something is missing, or it cannot be written; the manifest is empty then.
+    """
+    try:
+        _complete(left, directory, lock)
+    except SnapshotError:
+        # An empty one says no more than none, and this can be tried again.
+        os.ftruncate(lock, 0)
+        raise
+
+
 def _complete(left: Path, directory: int, lock: int) -> None:
-    """Write the manifest that the run did not come to write."""
     shown = _fs.printable(left)
     try:
         with open(_fs.open_file(WRITTEN, directory), "rb") as file:
@@ -116,23 +189,15 @@ def _complete(left: Path, directory: int, lock: int) -> None:
         ) from None
     except OSError as error:
         raise _fs.failure(error, "read", left / WRITTEN) from error
-    with (
-        _fs.failing("read", left / DEVICE_STATE),
-        open(_fs.open_file(DEVICE_STATE, directory), "rb") as file,
-    ):
-        state = file.read(MAX_DEVICE_STATE)
-        os.fsync(file.fileno())
-    scanner = DeviceStateScanner()
-    scanner.feed(state)
-    try:
-        eof = scanner.eof_offset
-    except LocalProtocolError:
+    state, scanner = _device_state(left, directory)
+    eof = _end(scanner)
+    if eof is None:
         raise SnapshotError(
             f"{shown} has all RAM and lacks device state: {len(state)} bytes arrived, and they do "
             "not end where a machine's state does",
             owner=_RAM_IS_LOST,
             remedy="migrate again",
-        ) from None
+        )
     description = None
     if scanner.complete:
         raw = scanner.description

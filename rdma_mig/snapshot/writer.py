@@ -18,7 +18,8 @@ from typing import Final, Self
 from rdma_mig.errors import SnapshotError
 from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.snapshot import _fs
-from rdma_mig.snapshot.leftovers import abandoned, parent_lock
+from rdma_mig.snapshot.entrusted import Entrusted
+from rdma_mig.snapshot.leftovers import abandoned, name_incomplete, parent_lock
 from rdma_mig.snapshot.manifest import (
     COMMAND,
     CONFIG,
@@ -45,6 +46,7 @@ from rdma_mig.snapshot.ram import (
     write_block,
 )
 from rdma_mig.snapshot.recorded import RecordedCommand
+from rdma_mig.snapshot.recovery import note_written
 
 __all__ = ["DEVICE_STATE_RESERVE", "SnapshotWriter"]
 
@@ -53,6 +55,9 @@ DEVICE_STATE_RESERVE: Final = 64 << 20
 
 _DESCRIPTION_RESERVE: Final = 4 << 20
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# What stands in a manifest for what is not known yet.
+_NOTHING: Final = FileRecord(1, hashlib.sha256(b"\0").hexdigest())
 
 Stop = Callable[[], bool] | None
 Progress = Callable[[int], None] | None
@@ -75,6 +80,7 @@ class SnapshotWriter:
 
     Attributes:
         path: DIR, absolute.
+        partial: where it is written.
         stale: partial directories of earlier runs that did not finish. They are left alone.
         keep_on_failure: set it once the copy at hand may be the only whole one; `commit` does.
         kept_at: where `keep_incomplete` put the directory.
@@ -95,7 +101,7 @@ class SnapshotWriter:
         self.keep_on_failure = False
         self.kept_at: Path | None = None
         self.path = Path(os.path.abspath(path))
-        self._partial = self.path
+        self.partial = self.path
         if not self.path.name:
             raise SnapshotError(
                 f"{_fs.printable(self.path)} cannot be a snapshot directory",
@@ -123,14 +129,14 @@ class SnapshotWriter:
             self.stale = self._find_stale()
             base = f"{self.path.name}.partial-{os.getpid()}"
             with _fs.failing("create", parent / base):
-                self._partial = parent / self._make_directory(base)
-            with _fs.failing("create", self._partial / MANIFEST):
-                self._dir = _fs.open_directory(self._partial.name, self._parent)
+                self.partial = parent / self._make_directory(base)
+            with _fs.failing("create", self.partial / MANIFEST):
+                self._dir = _fs.open_directory(self.partial.name, self._parent)
                 self._manifest = os.open(MANIFEST, _CREATE, 0o600, dir_fd=self._dir)
                 fcntl.flock(self._manifest, fcntl.LOCK_EX)
-        with _fs.failing("create", self._partial / DEVICE_STATE):
+        with _fs.failing("create", self.partial / DEVICE_STATE):
             self._state = os.open(DEVICE_STATE, _CREATE, 0o600, dir_fd=self._dir)
-        with _fs.failing("create", self._partial / RAM):
+        with _fs.failing("create", self.partial / RAM):
             os.mkdir(RAM, 0o700, dir_fd=self._dir)
 
     def _make_directory(self, base: str) -> str:
@@ -187,7 +193,7 @@ class SnapshotWriter:
                 remedy="this machine cannot be kept as a snapshot",
             )
         self._blocks = list(blocks)
-        with _fs.failing("create", self._partial / RAM):
+        with _fs.failing("create", self.partial / RAM):
             before = os.fstatvfs(self._parent)
             with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
                 for index, (block, _) in enumerate(blocks):
@@ -204,7 +210,7 @@ class SnapshotWriter:
         except OSError as error:
             code = error.errno
             if code not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise _fs.failure(error, "set space aside for", self._partial) from error
+                raise _fs.failure(error, "set space aside for", self.partial) from error
             total = sum(data_bytes(block, memory, should_stop) for block, memory in blocks)
             digests = sum(digest_size(block) for block, _ in blocks)
             need = total + digests + device_state + _DESCRIPTION_RESERVE + manifest
@@ -259,7 +265,7 @@ class SnapshotWriter:
         self._write_file(COMMAND, command.encode())
 
     def _write_file(self, name: str, raw: bytes) -> FileRecord:
-        with _fs.failing("write", self._partial / name):
+        with _fs.failing("write", self.partial / name):
             fd = os.open(name, _CREATE & ~os.O_EXCL, 0o600, dir_fd=self._dir)
             with _fs.closing(fd):
                 _fs.write_all(fd, raw, 0)
@@ -274,7 +280,7 @@ class SnapshotWriter:
                 f"the source sent more than {_fs.human(MAX_DEVICE_STATE)} of device state",
                 remedy="this machine cannot be kept as a snapshot",
             )
-        with _fs.failing("write", self._partial / DEVICE_STATE):
+        with _fs.failing("write", self.partial / DEVICE_STATE):
             _fs.write_all(self._state, data, self._state_size)
         self._state_hash.update(data)
         self._state_size += len(data)
@@ -295,7 +301,7 @@ class SnapshotWriter:
         """
         block, memory = self._blocks[index]
         with (
-            _fs.failing("write", self._partial / RAM / ram_file(index)),
+            _fs.failing("write", self.partial / RAM / ram_file(index)),
             _fs.closing(_fs.open_directory(RAM, self._dir)) as ram,
         ):
             record = write_block(ram, index, block, memory, stop=should_stop, progress=progress)
@@ -315,31 +321,37 @@ class SnapshotWriter:
 
         Args: as those of `commit`.
         """
-        manifest = self._make_manifest(
-            machine,
-            ram_section_id,
-            footers,
-            page_bits,
-            shared,
-            # Not known yet.
-            device_state=FileRecord(1, hashlib.sha256(b"\0").hexdigest()),
-            eof_offset=1,
-            description=None,
+        with _fs.failing("write", self.partial / WRITTEN):
+            note_written(
+                self._dir,
+                self._make_manifest(machine, ram_section_id, footers, page_bits, shared),
+            )
+
+    def entrust(
+        self,
+        *,
+        machine: str,
+        ram_section_id: int,
+        footers: bool,
+        page_bits: int = 12,
+        shared: Sequence[SharedBlock] = (),
+    ) -> Entrusted:
+        """Return what another process needs to finish this, should this one be killed.
+
+        Space must have been set aside.
+
+        Args: as those of `commit`.
+        """
+        unwritten = [BlockRecord(block, 0, _NOTHING.sha256) for block, _ in self._blocks]
+        return Entrusted(
+            self._make_manifest(
+                machine, ram_section_id, footers, page_bits, shared, records=unwritten
+            ),
+            self._parent,
+            self._dir,
+            self._manifest,
+            tuple(memory.fd for _, memory in self._blocks),
         )
-        # Under another name first: it is there whole or not at all.
-        new = f"{WRITTEN}.new"
-        with _fs.failing("write", self._partial / WRITTEN):
-            try:
-                with _fs.closing(os.open(new, _CREATE, 0o600, dir_fd=self._dir)) as fd:
-                    _fs.write_all(fd, manifest.encode(), 0)
-                    os.fsync(fd)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.unlink(new, dir_fd=self._dir)
-                raise
-            os.rename(new, WRITTEN, src_dir_fd=self._dir, dst_dir_fd=self._dir)
-            _fs.fsync_dir(RAM, self._dir)
-            os.fsync(self._dir)
 
     def _make_manifest(
         self,
@@ -349,18 +361,22 @@ class SnapshotWriter:
         page_bits: int,
         shared: Sequence[SharedBlock],
         *,
-        device_state: FileRecord,
-        eof_offset: int,
-        description: FileRecord | None,
+        records: Sequence[BlockRecord] | None = None,
+        device_state: FileRecord = _NOTHING,
+        eof_offset: int = 1,
+        description: FileRecord | None = None,
     ) -> Manifest:
-        if self._config is None or not self._blocks or len(self._records) != len(self._blocks):
+        """Make one; where nothing else is said, device state is not known yet."""
+        if records is None:
+            records = [self._records[index] for index in sorted(self._records)]
+        if self._config is None or not self._blocks or len(records) != len(self._blocks):
             raise RuntimeError("before the config and all RAM blocks were written")
         return Manifest(
             machine=machine,
             ram_section_id=ram_section_id,
             footers=footers,
             page_bits=page_bits,
-            blocks=tuple(self._records[index] for index in range(len(self._blocks))),
+            blocks=tuple(records),
             config=self._config,
             device_state=device_state,
             eof_offset=eof_offset,
@@ -465,8 +481,8 @@ class SnapshotWriter:
     def _finish(self, manifest: Manifest, *, named: bool) -> None:
         raw = manifest.encode()
         # What this version cannot read again must not be named a snapshot.
-        Manifest.decode(raw, _fs.printable(self._partial / MANIFEST))
-        with _fs.failing("write", self._partial):
+        Manifest.decode(raw, _fs.printable(self.partial / MANIFEST))
+        with _fs.failing("write", self.partial):
             os.ftruncate(self._state, self._state_size)
             os.fsync(self._state)
             if self._description is None:
@@ -481,15 +497,15 @@ class SnapshotWriter:
         if not named:
             if os.path.lexists(self.path):  # later, the machine would be nobody's for a while
                 raise self._taken("came into existence while the snapshot was written")
-            self.kept_at = self._partial
-            self._rename_incomplete(self._partial.name)
+            self.kept_at = self.partial
+            self._rename_incomplete(self.partial.name)
             return
         try:
-            _fs.rename_noreplace(self._parent, self._partial.name, self.path.name)
+            _fs.rename_noreplace(self._parent, self.partial.name, self.path.name)
         except FileExistsError:
             raise self._taken("came into existence while the snapshot was written") from None
         except OSError as error:
-            raise _fs.failure(error, f"rename {self._partial.name} to", self.path) from error
+            raise _fs.failure(error, f"rename {self.partial.name} to", self.path) from error
         try:
             os.fsync(self._parent)
         except OSError as error:
@@ -511,8 +527,8 @@ class SnapshotWriter:
             Where it is.
         """
         if self._dir < 0:
-            return self.kept_at or self._partial
-        self.kept_at = self._partial
+            return self.kept_at or self.partial
+        self.kept_at = self.partial
         with contextlib.suppress(OSError):
             os.ftruncate(self._state, self._state_size)
             if self._description is None:
@@ -524,23 +540,14 @@ class SnapshotWriter:
                 os.unlink(MANIFEST, dir_fd=self._dir)
             os.fsync(self._state)
             os.fsync(self._dir)
-        self._rename_incomplete(self._partial.name)
+        self._rename_incomplete(self.partial.name)
         self._close()
         return self.kept_at
 
     def _rename_incomplete(self, present: str) -> None:
-        for attempt in range(1000):
-            name = f"{self.path.name}.incomplete" + (f".{attempt}" if attempt else "")
-            try:
-                _fs.rename_noreplace(self._parent, present, name)
-            except FileExistsError:
-                continue
-            except OSError:
-                break
+        name = name_incomplete(self._parent, present, self.path.name)
+        if name is not None:
             self.kept_at = self.path.parent / name
-            break
-        with contextlib.suppress(OSError):
-            os.fsync(self._parent)
 
     def withdraw(self) -> Path:
         """Take DIR's name away again, after `commit`: whether it is the only copy is not known.
@@ -559,10 +566,10 @@ class SnapshotWriter:
 
     def abandon(self) -> None:
         """Remove what was written so far; after `commit` or `keep_incomplete` it does nothing."""
-        if self._partial != self.path and self._parent >= 0 and self.kept_at is None:
+        if self.partial != self.path and self._parent >= 0 and self.kept_at is None:
             # The lock is held until all is gone: nobody takes it for a partial that was left.
             with contextlib.suppress(OSError):
-                shutil.rmtree(self._partial.name, dir_fd=self._parent)
+                shutil.rmtree(self.partial.name, dir_fd=self._parent)
         self._close()
 
     def _close(self) -> None:

@@ -13,27 +13,28 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 from harness import Guest, Qemu, differences, free_port, read_blocks, snapshot_blocks
 from harness.output import check_output
 from support import (
-    RDMA_MIGRATE,
     Command,
-    Incoming,
     Snapshot,
     assert_survives,
+    from_qemu,
+    kill,
+    left_behind,
     outgoing,
     patience,
     prompt,
+    rdma_migrate,
     rdma_uri,
     same_snapshot,
+    stopped_at,
     wait_for,
 )
 
@@ -49,46 +50,6 @@ LEFT = {"kind": "cm", "event": "DISCONNECTED"}
 
 def records(trace: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in trace.read_text().splitlines()]
-
-
-def from_qemu(source: Qemu) -> Callable[[str], None]:
-    """How a migration out of this QEMU is begun."""
-
-    def begin(uri: str) -> None:
-        source.set_parameter("max-bandwidth", 0)
-        source.migrate(uri)
-
-    return begin
-
-
-def stopped_at(
-    match: dict[str, str], begin: Callable[[str], None], kept: Path, sync: str, **more: Any
-) -> Incoming:
-    """An incoming that stands right behind this record of its trace, in a migration."""
-    script = Path(harness.__file__).with_name("stopping.py")
-    trace = kept.parent / "trace"
-    prefix = [*more.pop("prefix", ()), sys.executable, script, json.dumps(match)]
-    incoming = Incoming(kept, "--sync", sync, "--trace", str(trace), prefix=prefix, **more)
-    try:
-        begin(incoming.uri)
-        status = Path(f"/proc/{incoming.process.pid}/stat")
-        wait_for("its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", 60)
-    except BaseException:
-        incoming.__exit__(None, None, None)
-        raise
-    return incoming
-
-
-def kill(incoming: Incoming) -> float:
-    began = time.monotonic()
-    incoming.signal(signal.SIGKILL)
-    assert incoming.wait() == -signal.SIGKILL
-    return began
-
-
-def rdma_migrate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [RDMA_MIGRATE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize("sync", ["before", "after"])
@@ -125,20 +86,21 @@ def test_killed_when_the_source_has_let_go(tmp_path: Path, sync: str):
         source.wait_heartbeat(2)
         with stopped_at(LEFT, from_qemu(source), kept, sync) as incoming:
             kill(incoming)
+            left = left_behind(kept)
+            said = incoming.stderr
         assert source.wait_status("postmigrate") == "postmigrate"
-        partial = tmp_path / f"kept.partial-{incoming.process.pid}"
+        if sync == "before":
+            assert left == tmp_path / f"kept.partial-{incoming.process.pid}"
+        else:
+            # RAM was in its memory only, and that is kept by the process which is there for this.
+            assert left == tmp_path / "kept.incomplete"
+            assert f"kept whole in {left}" in said
         shown = rdma_migrate("clean", kept, "--remove", "--json").stdout
         listed = check_output("clean", json.loads(shown))
-        if sync == "after":
-            # RAM was in the memory of the process and is gone: the source has the machine.
-            assert [(each["has_ram"], each["removed"]) for each in listed] == [(False, True)]
-            source.cont()
-            source.wait_heartbeat(2)
-            return
         assert [(each["has_ram"], each["removed"]) for each in listed] == [(True, False)]
         with outgoing(kept, rdma_uri(free_port())) as none:
-            assert f"rdma-migrate recover {partial}" in none.fail(1)
-        found = rdma_migrate("recover", partial)
+            assert f"rdma-migrate recover {left}" in none.fail(1)
+        found = rdma_migrate("recover", left)
         assert found.returncode == 0, found.stderr
         assert "postmigrate" in found.stdout
         assert set(tmp_path.iterdir()) == {kept, tmp_path / "trace"}
@@ -154,20 +116,25 @@ def test_killed_when_the_source_has_let_go(tmp_path: Path, sync: str):
         destination.wait_heartbeat(2)
 
 
-def test_killed_just_behind_it_one_end_has_the_machine(tmp_path: Path):
+@pytest.mark.parametrize("sync", ["before", "after"])
+def test_killed_just_behind_it_one_end_has_the_machine(tmp_path: Path, sync: str):
     """Device state takes several messages: the source, which waits for the next READY, goes on."""
     with Qemu(machine="q35", guest=Guest.dirtying(4), timeout=patience(60)) as source:
         source.set_capability("rdma-pin-all")
         source.wait_heartbeat(2)
-        with stopped_at(PASSED, from_qemu(source), tmp_path / "kept", "before") as incoming:
+        with stopped_at(PASSED, from_qemu(source), tmp_path / "kept", sync) as incoming:
             began = kill(incoming)
             source.wait_status("running")
             assert time.monotonic() - began < prompt()
+            left = left_behind(tmp_path / "kept")
+            said = incoming.stderr
         assert_survives(source)
-        partial = tmp_path / f"kept.partial-{incoming.process.pid}"
-        line = rdma_migrate("recover", partial)
+        assert left == tmp_path / f"kept.partial-{incoming.process.pid}"
+        line = rdma_migrate("recover", left)
+    assert ("lacks device state" in said) == (sync == "after")
     assert line.returncode == 1
-    assert "has all RAM and lacks device state" in line.stderr
+    wanted = "lacks RAM" if sync == "after" else "has all RAM and lacks device state"
+    assert wanted in line.stderr
     assert "if it does not run already" in line.stderr
 
 

@@ -183,7 +183,7 @@ def test_metadata(built, sdist_files):
     entry_points = ConfigParser()
     entry_points.read_string(files[f"{DIST_INFO}/entry_points.txt"].decode())
     assert {name: dict(entry_points[name]) for name in entry_points.sections()} == {
-        "console_scripts": {"rdma-migrate": "rdma_mig.cli.main:main"},
+        "console_scripts": {"rdma-migrate": "rdma_mig.cli.entry:run"},
         "rdma_mig.guests": {
             "process": "rdma_mig.migration.guests:ProcessGuest",
             "snapshot": "rdma_mig.migration.guests:SnapshotGuest",

@@ -77,7 +77,7 @@ def interrupted(process: subprocess.Popen[str], number: int) -> str:
 class Incoming:
     """``rdma-migrate incoming --json`` at work; events() when it has ended."""
 
-    def __init__(self, process: subprocess.Popen[str], before: list[dict[str, Any]]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], before: list[dict[str, Any]]) -> None:
         self.process = process
         self.before = before
         self.uri = str(before[-1]["uri"])
@@ -97,9 +97,10 @@ def incoming(
     uri: str, output: Path, *options: str, prefix: Sequence[str] = ()
 ) -> Iterator[Incoming]:
     """Start a destination, and wait until it listens."""
+    # Without a buffer: communicate() does not see what one has read ahead.
     process = subprocess.Popen(
         [*prefix, COMMAND, "incoming", uri, "-o", output, "--json", *options],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
     )  # fmt: skip
     try:
         told: list[dict[str, Any]] = []

@@ -25,7 +25,13 @@ from rdma_mig.wire.control import (
     RegisterResult,
     encode_ram_blocks,
 )
-from rdma_mig.wire.handshake import FEATURE_FINAL_ACK, FLAG_PIN_ALL, Extension, PrivateData
+from rdma_mig.wire.handshake import (
+    FEATURE_FINAL_ACK,
+    FEATURE_FRESH_BLOCKS,
+    FLAG_PIN_ALL,
+    Extension,
+    PrivateData,
+)
 
 pytestmark = pytest.mark.rdma
 
@@ -42,7 +48,7 @@ def test_source_asks_for_pin_all_and_its_extension(kept):
         asked = PrivateData.decode(listener.asked)
         assert asked.flags == FLAG_PIN_ALL
         assert asked.extension is not None
-        assert asked.extension.features == FEATURE_FINAL_ACK
+        assert asked.extension.features == FEATURE_FINAL_ACK | FEATURE_FRESH_BLOCKS
         assert listener.asked[:8] == b"\0\0\0\1\x80\0\0\1", "what QEMU reads of it"
         end.migration.cancel()
 

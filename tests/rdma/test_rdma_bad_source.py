@@ -24,6 +24,7 @@ from rdma_mig.wire.control import (
 )
 from rdma_mig.wire.handshake import (
     FEATURE_FINAL_ACK,
+    FEATURE_FRESH_BLOCKS,
     FLAG_EXTENSION,
     FLAG_PIN_ALL,
     Extension,
@@ -120,7 +121,7 @@ def test_extension_comes_back_only_with_what_is_known(room):
     with kit.incoming(room / "vm") as end, kit.dial(end.uri, asked) as peer:
         granted = PrivateData.decode(peer.endpoint.private_data)
         assert granted.flags == FLAG_PIN_ALL
-        assert granted.extension == Extension(FEATURE_FINAL_ACK, nonce)
+        assert granted.extension == Extension(FEATURE_FINAL_ACK | FEATURE_FRESH_BLOCKS, nonce)
 
 
 def test_second_client_is_rejected_while_one_is_served(room):

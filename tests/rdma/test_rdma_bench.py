@@ -73,6 +73,7 @@ def test_what_is_measured_and_what_follows():
 
 
 @pytest.mark.full
+@pytest.mark.deadline(120)
 def test_a_migration_is_as_predicted():
     """Within 25 per cent: the median of five, since other work of the machine disturbs each."""
     off = [
