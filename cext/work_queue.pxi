@@ -113,6 +113,8 @@ cdef class WorkQueue:
     cdef bint send_failed
     cdef bint write_failed
     cdef readonly uint64_t completions
+    cdef int64_t began  # when the wait began that goes on or was the last; 0: it was met at once
+    cdef bint was_met
 
     def __init__(self, qp, cq, *, int cm_fd, int cancel_fd, MemoryRegion region not None,
                  int slots, uint32_t slot_size, uint32_t depth, int probe_ms, int silence_ms,
@@ -357,6 +359,8 @@ cdef class WorkQueue:
             if self.has_failed:
                 return _FAILED
             now = monotonic_ns()
+            if self.began == 0:
+                self.began = now
             if deadline and now >= deadline:
                 return _TIMED_OUT
             if not self.armed:
@@ -415,9 +419,20 @@ cdef class WorkQueue:
         """
         cdef int result
         self.require_open()
+        if self.was_met:
+            self.began = 0
         while True:
             with nogil:
                 result = self.wait_nogil(what, deadline_ns)
             if result != _INTERRUPTED:
+                self.was_met = result == _DONE
                 return result
             PyErr_CheckSignals()
+
+    @property
+    def waiting_since(self) -> float:
+        """When the last wait() began, of time.monotonic(); 0 when it was met at once.
+
+        One that was broken off and taken up again counts from its beginning.
+        """
+        return self.began / 1e9

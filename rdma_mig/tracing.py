@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
+from rdma_mig import _mapped
 from rdma_mig.closing import Closing
 from rdma_mig.errors import UsageError
 from rdma_mig.wire.trace import encode_record
@@ -29,12 +30,15 @@ LONG_WAIT = 0.1
 class Observer(Protocol):
     """Is told of each record, on the thread that does what it tells of; it must not raise."""
 
-    def record(self, kind: str, **fields: Any) -> None:
-        """Take a record; its fields are those that rdma_mig.wire.trace has for the kind."""
+    def record(self, kind: str, *, now: float | None = None, **fields: Any) -> None:
+        """Take a record; its fields are those that rdma_mig.wire.trace has for the kind.
+
+        ``now`` is of time.monotonic(), where that was looked at a moment ago.
+        """
         ...
 
-    def waited(self, awaited: str, began: float) -> None:
-        """Take note of a wait that began at this moment of time.monotonic(), and is over."""
+    def waited(self, awaited: str, began: float, now: float) -> None:
+        """Take note of a wait: when it began and when it was over, of time.monotonic()."""
         ...
 
 
@@ -52,22 +56,24 @@ class Observers:
             return present[0] if present else None
         return cls(*present)
 
-    def record(self, kind: str, **fields: Any) -> None:
+    def record(self, kind: str, *, now: float | None = None, **fields: Any) -> None:
         """Tell all of them."""
         for observer in self._observers:
-            observer.record(kind, **fields)
+            observer.record(kind, now=now, **fields)
 
-    def waited(self, awaited: str, began: float) -> None:
+    def waited(self, awaited: str, began: float, now: float) -> None:
         """Tell all of them."""
         for observer in self._observers:
-            observer.waited(awaited, began)
+            observer.waited(awaited, began, now)
 
 
 class Trace(Closing):
     """A trace file; used from any thread.
 
-    One write() a record and nothing kept back: after SIGKILL the file has every record up to the
-    last event. A file that cannot be written any more ends the trace and not the migration.
+    Nothing is kept back: after SIGKILL the file has every record up to the last event. A regular
+    file is written through its mapping, without a system call for each record; until the trace is
+    closed it is longer than its content, and zeros follow. Anything else gets one write() a
+    record. A file that cannot be written any more ends the trace and not the migration.
 
     Args:
         path: made with mode 0600; a regular file is begun anew, a FIFO or device is written to. A
@@ -83,6 +89,7 @@ class Trace(Closing):
 
     def __init__(self, path: str | os.PathLike[str], role: str) -> None:
         self._fd = -1
+        self._mapped: _mapped.MappedFile | None = None
         self._lock = threading.Lock()
         self._began = time.monotonic()
         self.failure = ""
@@ -94,6 +101,7 @@ class Trace(Closing):
                 # What others left readable may not get to know who migrates what.
                 os.fchmod(self._fd, 0o600)
                 os.ftruncate(self._fd, 0)
+                self._map()
         except OSError as error:
             self.close()
             raise UsageError(
@@ -102,28 +110,49 @@ class Trace(Closing):
             ) from error
         self.record("begin", version=TRACE_VERSION, role=role, clock=time.time())
 
-    def record(self, kind: str, **fields: Any) -> None:
+    def _map(self) -> None:
+        """Write the file through its mapping from now on, where its file system lets us."""
+        mapped = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._mapped = _mapped.MappedFile(mapped)
+        except OSError:
+            os.ftruncate(mapped, 0)
+            os.close(mapped)
+        else:
+            os.close(self._fd)
+            self._fd = mapped
+
+    def record(self, kind: str, *, now: float | None = None, **fields: Any) -> None:
         """Write a record; its fields are those that rdma_mig.wire.trace has for the kind."""
-        line = encode_record(time.monotonic() - self._began, kind, fields)
+        line = encode_record((now or time.monotonic()) - self._began, kind, fields)
         with self._lock:
             if self._fd < 0:
                 return
             try:
-                written = os.write(self._fd, line)
-                while written < len(line):
-                    written += os.write(self._fd, line[written:])
+                self._append(line)
             except OSError as error:
                 self.failure = error.strerror or str(error)
                 self._close()
 
-    def waited(self, awaited: str, began: float) -> None:
-        """Record a wait that began at this moment of time.monotonic(), if it was a long one."""
-        seconds = time.monotonic() - began
-        if seconds >= LONG_WAIT:
-            self.record("wait", awaited=awaited, seconds=round(seconds, 6))
+    def _append(self, line: bytes) -> None:
+        if self._mapped is not None:
+            self._mapped.append(line)
+            return
+        written = os.write(self._fd, line)
+        while written < len(line):
+            written += os.write(self._fd, line[written:])
+
+    def waited(self, awaited: str, began: float, now: float) -> None:
+        """Record a wait, if it was a long one."""
+        if now - began >= LONG_WAIT:
+            self.record("wait", now=now, awaited=awaited, seconds=round(now - began, 6))
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            with contextlib.suppress(OSError):
+                mapped.close()
         if fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(fd)

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rdma_mig.cli import (
     bench,
@@ -49,6 +49,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ExitStatus.USAGE, f"rdma-migrate: {line}; see {self.prog} --help\n")
 
 
+class _CommandParser(_Parser):
+    """The parser of a sub-command, which names its own help for what it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Know all of them."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
 class _Version(argparse.Action):
     """Works the version out only when it is asked for."""
 
@@ -85,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show version and exit")
     commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
     )
     incoming.add_parser(commands)
     outgoing.add_parser(commands)

@@ -31,6 +31,7 @@ def _findings(ram: int | None, device: str | None, qmp: str | None) -> Iterator[
     yield from machine.memory(ram)
     yield from machine.locked_memory(ram)
     yield from machine.huge_pages()
+    yield from machine.dirty_tracking()
     if qmp is not None:
         from rdma_mig.host.monitor import settings
 

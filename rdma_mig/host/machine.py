@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rdma_mig.errors import HostError
 from rdma_mig.host.findings import Finding, Level
+from rdma_mig.memory.dirty import kernel_trackers
 from rdma_mig.verbs.host import require_lockable
 
-__all__ = ["huge_pages", "kernel", "locked_memory", "memory"]
+__all__ = ["dirty_tracking", "huge_pages", "kernel", "locked_memory", "memory"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 # What pin-all or dynamic registration ends up with for a small guest, when no size was named.
@@ -121,6 +122,31 @@ def huge_pages() -> Iterator[Finding]:
         f"{info.get('HugePages_Free', 0)} of {total} huge pages of {_mib(size)} are free; memory "
         "in them cannot be used for anything else",
     )
+
+
+_TRACKERS = {
+    "PagemapScan": "PAGEMAP_SCAN",
+    "UffdWriteProtect": "userfaultfd write-protection",
+    "SoftDirty": "soft-dirty bits",
+}
+
+
+def dirty_tracking() -> Iterator[Finding]:
+    """What this kernel tells of written pages, which a live guest of rdma-mig's own may need.
+
+    A QEMU tracks what its guest writes by itself, and migrates without: so this never blocks.
+    """
+    refused = {_TRACKERS[name]: reason for name, reason in kernel_trackers().items()}
+    there = [name for name, reason in refused.items() if not reason]
+    lacking = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if reason)
+    text = f"this kernel tells which pages are written by {', '.join(there) or 'nothing'}"
+    text += f" ({lacking})" if lacking else ""
+    # Memory that userfaultfd's thread protects cannot be registered (docs/dirty-tracking.md).
+    remedy = ""
+    if refused["PAGEMAP_SCAN"] and refused["soft-dirty bits"]:
+        text += "; a QEMU needs none of it, a live guest of another engine has to mark its writes"
+        remedy = "for a live guest of another engine: Linux 6.7 or later, with userfaultfd allowed"
+    yield Finding("dirty-tracking", Level.OK, text, remedy)
 
 
 def kernel() -> Iterator[Finding]:

@@ -34,6 +34,7 @@ __all__ = [
     "SoftDirty",
     "UffdWriteProtect",
     "choose_tracker",
+    "kernel_trackers",
 ]
 
 _PAGEMAP = "/proc/self/pagemap"
@@ -375,6 +376,16 @@ class Choice:
 
     tracker: DirtyTracker
     refused: dict[str, str]
+
+
+def kernel_trackers() -> dict[str, str]:
+    """Try what this kernel has, each on a page of its own; the best one comes first.
+
+    Returns:
+        the name of each tracker, and why this host does not have it: empty where it does.
+    """
+    kinds = (PagemapScan, UffdWriteProtect, SoftDirty)
+    return {kind.__name__: kind.unsupported() for kind in kinds}
 
 
 def choose_tracker(ram: GuestRam, *, can_stop: bool = False, registered: bool = False) -> Choice:

@@ -63,7 +63,7 @@ class Figures:
 
     # ---- what it is told ----
 
-    def record(self, kind: str, **fields: Any) -> None:
+    def record(self, kind: str, *, now: float | None = None, **fields: Any) -> None:
         """Count a record."""
         with self._lock:
             match kind:
@@ -84,14 +84,14 @@ class Figures:
                 case "round":
                     self.rounds = fields["number"]
                     if fields["last"]:
-                        self.last_phase_at = time.monotonic()
+                        self.last_phase_at = now or time.monotonic()
                 case "end":
-                    self.ended_at = time.monotonic()
+                    self.ended_at = now or time.monotonic()
 
-    def waited(self, awaited: str, began: float) -> None:
+    def waited(self, awaited: str, began: float, now: float) -> None:
         """Add up a wait."""
         with self._lock:
-            self.wait_seconds += time.monotonic() - began
+            self.wait_seconds += now - began
 
     def event(self, event: MigrationEvent) -> None:
         """Take note of an event."""

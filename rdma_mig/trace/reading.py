@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from rdma_mig.errors import MigrationError, RemoteProtocolError
 from rdma_mig.wire.trace import TraceRecord
@@ -105,12 +105,26 @@ def read_trace(path: str | os.PathLike[str]) -> Iterator[Numbered]:
     try:
         with open(path, "rb") as lines:
             while line := lines.readline(_LINE_MAX + 1):
+                if line[0] == 0 and _ends_here(lines):
+                    break
                 number += 1
                 yield Numbered(number, _record(line, number, name))
     except OSError as error:
         raise TraceFileError(f"the trace {name} cannot be read: {error.strerror}") from error
     if number == 0:
         raise TraceFileError(f"the trace {name} is empty")
+
+
+def _ends_here(rest: BinaryIO) -> bool:
+    """Whether a line that begins with a zero is the end of a trace that was not closed.
+
+    Its file is longer than its content, by zeros. They may have a record in them that was being
+    written: its first byte comes last.
+    """
+    while piece := rest.read(_LINE_MAX):
+        if piece.strip(b"\0"):
+            return False
+    return True
 
 
 def _record(line: bytes, number: int, name: str) -> TraceRecord:

@@ -45,7 +45,6 @@ class ControlChannel:
 
     def _post(self, message: ControlMessage, doing: str) -> None:
         """Send a message and wait until it has arrived; the trace has it afterwards."""
-        began = time.monotonic() if self._trace is not None else 0.0
         try:
             self.endpoint.queue.post_send(message.encode())
         except OSError as error:
@@ -54,13 +53,17 @@ class ControlChannel:
             ) from error
         self.endpoint.wait(self._verbs.WAIT_SEND, doing, self.limits.next_wait())
         if self._trace is not None:
-            self._trace.waited(doing, began)
-            self._record("out", message)
+            self._record("out", message, doing)
 
-    def _record(self, kind: str, message: ControlMessage) -> None:
+    def _record(self, kind: str, message: ControlMessage, doing: str = "") -> None:
+        """Put a message into the trace, and before it the wait for it: ``doing``, if any."""
         assert self._trace is not None
+        now = time.monotonic()
+        if doing and (began := self.endpoint.queue.waiting_since):
+            self._trace.waited(doing, began, now)
         self._trace.record(
             kind,
+            now=now,
             channel=self._name,
             type=message.type.name,
             length=len(message.payload),
@@ -69,15 +72,14 @@ class ControlChannel:
 
     def _next(self, doing: str) -> ControlMessage:
         """Wait for the next message; ERROR in place of any other ends the migration."""
-        began = time.monotonic() if self._trace is not None else 0.0
         received = self.endpoint.queue.next_received()
+        awaited = "" if received else doing
         while received is None:
             self.endpoint.wait(self._verbs.WAIT_RECEIVE, doing, self.limits.next_wait())
             received = self.endpoint.queue.next_received()
         message = ControlMessage.decode(received)
         if self._trace is not None:
-            self._trace.waited(doing, began)
-            self._record("in", message)
+            self._record("in", message, awaited)
         if message.type is ControlType.ERROR:
             self._peer_failed = True
             raise PeerGone(

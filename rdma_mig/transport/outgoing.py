@@ -330,7 +330,7 @@ class RdmaOutgoing:
     def _wait_writes(self) -> None:
         """Wait until every write has completed; as long as some do, that is no stall."""
         work = self._endpoint.queue
-        began = time.monotonic()
+        began = time.monotonic() if self._trace is not None else 0.0
         while True:
             before = work.completions
             try:
@@ -344,7 +344,7 @@ class RdmaOutgoing:
                     continue
                 raise
             if self._trace is not None:
-                self._trace.waited("the completion of all writes", began)
+                self._trace.waited("the completion of all writes", began, time.monotonic())
             return
 
     def load_hook(self, file: QEMUFile, flags: int, data: object) -> None:

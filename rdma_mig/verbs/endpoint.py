@@ -271,7 +271,7 @@ class Endpoint(Closing):
             HostError: the memory cannot be pinned; ``what`` names it in the message. The holder has
                 been released then.
         """
-        began = time.monotonic()
+        began = time.monotonic() if self.trace is not None else 0.0
         try:
             region: _verbs.MemoryRegion = self._verbs.MemoryRegion(
                 self._pd, address, length, remote_write=remote_write, holder=holder
@@ -285,8 +285,11 @@ class Endpoint(Closing):
         self._regions.append(region)
         if self.trace is not None:
             self._traced[region] = (what, chunk, length)
-            seconds = round(time.monotonic() - began, 6)
-            self.trace.record("register", block=what, chunk=chunk, bytes=length, seconds=seconds)
+            now = time.monotonic()
+            seconds = round(now - began, 6)
+            self.trace.record(
+                "register", now=now, block=what, chunk=chunk, bytes=length, seconds=seconds
+            )
         return region
 
     def deregister(self, region: _verbs.MemoryRegion) -> None:

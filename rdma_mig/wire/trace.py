@@ -9,9 +9,10 @@ its kind. Kinds and fields are only ever added.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +38,6 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """The fields of each kind, in the order in which they are written."""
 
-_NAMES: Mapping[str, Set[str]] = {kind: frozenset(names) for kind, names in KINDS.items()}
 _TEMPLATES = {
     kind: '{"t":%r,"kind":"' + "".join([kind, '"', *(f',"{name}":%s' for name in names), "}\n"])
     for kind, names in KINDS.items()
@@ -51,16 +51,23 @@ def encode_record(t: float, kind: str, fields: Mapping[str, Any]) -> bytes:
 
     It is within what it tells of, some hundred times a second and more.
     """
-    if kind not in _NAMES or fields.keys() != _NAMES[kind]:
+    names = KINDS.get(kind, ())
+    if len(fields) != len(names) or not names or not all(map(fields.__contains__, names)):
         raise LocalProtocolError(f"no trace record: {kind} with {sorted(fields)}")
-    values = [_encoded(fields[name]) for name in KINDS[kind]]
+    values = [_encoded(fields[name]) for name in names]
     return (_TEMPLATES[kind] % (round(t, 6), *values)).encode("ascii")
 
 
 def _encoded(value: Any) -> str:
     if type(value) is int:
         return str(value)
-    return _JSON(value[:_TEXT_MAX] if type(value) is str else value)
+    return _quoted(value) if type(value) is str else _JSON(value)
+
+
+@functools.lru_cache(maxsize=512)
+def _quoted(text: str) -> str:
+    """A text for JSON: most come again and again."""
+    return _JSON(text[:_TEXT_MAX])
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,3 +357,16 @@ def test_interrupt_is_a_cancellation(monkeypatch, capsys):
     monkeypatch.setattr(inspect, "run", interrupt)
     assert main(["inspect", "x"]) == 5
     assert capsys.readouterr().err == "rdma-migrate: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["doctor"], "doctor"),
+        (["trace", "show", "file"], "trace show"),
+        (["clean", "dir"], "clean"),
+    ],
+)
+def test_unknown_option_names_the_help_of_its_command(words, named):
+    line = one_line(run(*words, "--nonsense"), 2)
+    assert line.endswith(f"unrecognized arguments: --nonsense; see rdma-migrate {named} --help")

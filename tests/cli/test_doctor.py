@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import Qemu
 from harness.output import check_output
 from test_cli_usage import COMMAND, one_line, run, without_device
+
+from rdma_mig.memory.dirty import kernel_trackers
 
 LEVELS = ("ok", "warning", "blocker")
 
@@ -72,6 +75,42 @@ def test_limit_on_locked_memory_is_judged_by_the_guest():
     assert "64 MiB of guest RAM would have to be pinned" in large["message"]
     assert "may lock 8 MiB" in large["message"]
     assert "ulimit -l unlimited" in large["remedy"]
+
+
+# What a container's seccomp profile does: userfaultfd is refused, whatever the kernel has.
+_NO_USERFAULTFD = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, 323), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+program = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(code))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_what_the_kernel_tells_of_written_pages():
+    names = ["PAGEMAP_SCAN", "userfaultfd write-protection", "soft-dirty bits"]
+    [finding] = findings()["dirty-tracking"]
+    working = [name for name, why in zip(names, kernel_trackers().values(), strict=True) if not why]
+    said = finding["message"].partition("(")[0]
+    assert finding["level"] == "ok"
+    assert [name for name in names if name in said] == working
+    assert all(name in finding["message"] for name in names)
+
+
+def test_kernel_that_is_not_allowed_to_tell():
+    hidden = 'mount --bind /dev/null /dev/userfaultfd 2>/dev/null; exec "$@"'
+    limited = ["unshare", "-m", "sh", "-c", hidden, "sh"]
+    limited += [sys.executable, "-c", _NO_USERFAULTFD, shutil.which("env")]
+    [finding] = findings(prefix=limited)["dirty-tracking"]
+    said, _, lacking = finding["message"].partition("(")
+    assert "PAGEMAP_SCAN" not in said
+    assert "PAGEMAP_SCAN: userfaultfd" in lacking
+    if "soft-dirty" not in said:
+        assert "has to mark its writes" in lacking
+        assert "userfaultfd allowed" in finding["remedy"]
 
 
 def test_device_that_is_not_there():

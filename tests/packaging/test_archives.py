@@ -67,6 +67,7 @@ def test_sdist_is_the_tracked_tree(sdist_files, tree):
         "Makefile",
         "README.md",
         "cext/_dirty.pyx",
+        "cext/_mapped.pyx",
         "cext/_pages.pyx",
         "cext/_stream.pyx",
         "cext/_verbs.pyx",
@@ -107,7 +108,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, tree):
     name, wheel = built
     sources = kit.check(["git", "ls-files", "-z", "rdma_mig"], cwd=tree).split("\0")[:-1]
     assert all(source.endswith((".py", ".pyi", ".json", "py.typed")) for source in sources)
-    layers = ["_dirty", "_pages", "_stream", *(["_verbs"] if name == "wheel" else [])]
+    layers = ["_dirty", "_mapped", "_pages", "_stream", *(["_verbs"] if name == "wheel" else [])]
     assert set(members(wheel)) == {
         *sources,
         *(f"rdma_mig/{layer}{EXT_SUFFIX}" for layer in layers),
@@ -214,8 +215,8 @@ def test_the_rdma_layer_links_the_system_s_libraries(wheel, tmp_path):
     assert "(RUNPATH)" not in text
 
 
-@pytest.mark.parametrize("layer", ["_dirty", "_pages", "_stream"])
-def test_the_page_kernels_need_the_c_library_only(built, tmp_path, layer):
+@pytest.mark.parametrize("layer", ["_dirty", "_mapped", "_pages", "_stream"])
+def test_all_but_verbs_need_the_c_library_only(built, tmp_path, layer):
     libraries = needed(dynamic(built[1], layer, tmp_path))
     assert all(name.startswith(("libc.so", "libm.so", "ld-linux")) for name in libraries)
 
