@@ -75,9 +75,6 @@ BENCH_ARGS ?=
 BENCH_LAB := $(or $(RDMA_MIG_LAB),$(if $(LAB),$(LAB) --memory 14G --timeout 86400 --share test-logs --))
 .PHONY: bench
 bench: setup ## time migrations between QEMU and rdma-migrate, and the floor: BENCH_ARGS=...
-	$(BIN)/pip install -q $$($(BIN)/python -c 'import tomllib; \
-		extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-		print(*(x for x in extras["bench"] if not x.startswith("rdma-mig")))')
 	@mkdir -p test-logs
 	$(BENCH_LAB) env RDMA_MIG_DEVICE=$(or $(RDMA_MIG_DEVICE),rxe0) \
 		$(CURDIR)/$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
