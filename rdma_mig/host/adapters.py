@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rdma_mig.errors import HostError
 from rdma_mig.host.findings import Finding, Level
+from rdma_mig.memory import chunk_count
 from rdma_mig.verbs.host import devices, require_rdma, unusable_devices
 from rdma_mig.verbs.loading import load
 from rdma_mig.verbs.route import Gid, active_port, gids, is_ethernet, is_iwarp
@@ -68,11 +69,12 @@ def access() -> Iterator[Finding]:
         yield Finding("permissions", Level.OK, "all device files in /dev/infiniband can be opened")
 
 
-def adapters(device: str | None = None) -> Iterator[Finding]:
+def adapters(device: str | None = None, ram: int | None = None) -> Iterator[Finding]:
     """Look at each device, or at the one that is named.
 
     Args:
         device: the only one that counts; None for all.
+        ram: bytes of the guest that is to migrate; None to tell what there is.
     """
     names = devices()
     if device is not None and device not in names:
@@ -91,7 +93,7 @@ def adapters(device: str | None = None) -> Iterator[Finding]:
         if "ACTIVE" in states[name]:
             yield from _addresses(name)
             yield from _frames(name)
-        yield from _limits(name)
+        yield from _limits(name, ram)
 
 
 def _read(*path: str) -> str:
@@ -148,7 +150,8 @@ def _addresses(device: str) -> Iterator[Finding]:
             "gid",
             Level.OK,
             f"a connection from {ipv4[0].address} uses {_named(device, ipv4[0])}"
-            + "".join(f"; from {gid.address} index {gid.index}" for gid in ipv4[1:]),
+            + "".join(f"; from {gid.address} index {gid.index}" for gid in ipv4[1:])
+            + ": the kernel takes the GID of the address that a connection comes from",
         )
     else:
         yield Finding(
@@ -192,7 +195,7 @@ def _frames(device: str) -> Iterator[Finding]:
         )
 
 
-def _limits(device: str) -> Iterator[Finding]:
+def _limits(device: str, ram: int | None) -> Iterator[Finding]:
     """How much the device can register; nothing where it cannot be opened, which access() tells."""
     try:
         load()
@@ -210,10 +213,27 @@ def _limits(device: str) -> Iterator[Finding]:
                 on_demand = False
     except PyverbsError:
         return
-    yield Finding(
-        "registration",
-        Level.OK,
-        f"{device} registers up to {count} regions, "
-        + (f"each of up to {size >> 20} MiB" if size < 1 << 50 else "of any size")
-        + f"; on-demand paging: {'yes' if on_demand else 'no'}, and not used",
+    yield _registration(device, count, size, ram, "yes" if on_demand else "no")
+
+
+def _registration(device: str, count: int, size: int, ram: int | None, on_demand: str) -> Finding:
+    """What follows from how many regions a device takes, and of how many bytes each."""
+    told = f"{device} registers up to {count} regions, " + (
+        f"each of up to {size >> 20} MiB" if size < 1 << 50 else "of any size"
     )
+    if ram is not None and ram > size:
+        return Finding(
+            "registration",
+            Level.WARNING,
+            f"{told}: too little for {ram >> 20} MiB in one piece, as rdma-pin-all needs them",
+            "leave rdma-pin-all off, or give the guest several memory backends",
+        )
+    if ram is not None and chunk_count(ram) > count:
+        return Finding(
+            "registration",
+            Level.WARNING,
+            f"{told}: too few for the {chunk_count(ram)} chunks of {ram >> 20} MiB, each of which "
+            "is one without rdma-pin-all",
+            "migrate with rdma-pin-all on (outgoing: --rdma-pin-all)",
+        )
+    return Finding("registration", Level.OK, f"{told}; on-demand paging: {on_demand}, and not used")

@@ -27,7 +27,7 @@ def _findings(ram: int | None, device: str | None, qmp: str | None) -> Iterator[
     yield from machine.kernel()
     yield from adapters.libraries()
     yield from adapters.access()
-    yield from adapters.adapters(device)
+    yield from adapters.adapters(device, ram)
     yield from machine.memory(ram)
     yield from machine.locked_memory(ram)
     yield from machine.huge_pages()

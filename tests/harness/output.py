@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -14,8 +14,9 @@ from jsonschema import Draft202012Validator
 @functools.cache
 def schema() -> dict[str, Any]:
     """The schema, as it is in the package."""
-    path = Path(__file__).resolve().parents[2] / "rdma_mig" / "cli" / "output.schema.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # Of the package that is tried, which may be an installed one, far from these tests.
+    text = resources.files("rdma_mig.cli").joinpath("output.schema.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
     Draft202012Validator.check_schema(found)
     return found
 
