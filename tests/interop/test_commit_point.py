@@ -94,7 +94,7 @@ def test_killed_when_the_source_has_let_go(tmp_path: Path, sync: str):
             assert left == tmp_path / f"kept.partial-{incoming.process.pid}"
         else:
             # RAM was in its memory only, and that is kept by the process which is there for this.
-            assert left == tmp_path / "kept.incomplete"
+            assert left == tmp_path / "kept.incomplete", said
             assert f"kept whole in {left}" in said
         shown = rdma_migrate("clean", kept, "--remove", "--json").stdout
         listed = check_output("clean", json.loads(shown))

@@ -148,7 +148,7 @@ def _without_pyverbs(request: pytest.FixtureRequest) -> Installed:
 
 def _without_libraries(request: pytest.FixtureRequest) -> Installed:
     python = request.getfixturevalue("full")
-    return Installed(python, hide(library_paths()), reason="libibverbs.so.1")
+    return Installed(python, hide(library_paths()), reason="librdmacm.so.1")
 
 
 def _without_either(request: pytest.FixtureRequest) -> Installed:
