@@ -427,7 +427,8 @@ def left_behind(kept: Path) -> Path:
 
     def idle() -> Path | None:
         (found,) = leftovers.find(kept)
-        return None if found.in_use else found.path
+        # It may have got another name since it was listed.
+        return None if found.in_use or not found.path.exists() else found.path
 
     return wait_for("the end of all work on it", idle, patience(30))
 
