@@ -10,13 +10,15 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+# Of the package that is tried, which may be an installed one, far from these tests. Read at once:
+# once tests run, an editable install has nothing more to import.
+_SCHEMA = resources.files("rdma_mig.cli").joinpath("output.schema.json").read_text("utf-8")
+
 
 @functools.cache
 def schema() -> dict[str, Any]:
     """The schema, as it is in the package."""
-    # Of the package that is tried, which may be an installed one, far from these tests.
-    text = resources.files("rdma_mig.cli").joinpath("output.schema.json").read_text("utf-8")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = json.loads(_SCHEMA)
     Draft202012Validator.check_schema(found)
     return found
 
