@@ -161,6 +161,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     guest = type(GUEST).dirtying(96)
     with driven(directory, guest=guest, memory_mib=128) as source:
         source.wait_heartbeat(2)
+        source.stop()  # on a busy machine it writes faster than it can be sent
         with Command("checkpoint", "--qmp", socket_of(source), directory / "vm") as command:
             command.succeed()
     return directory / "vm"
