@@ -101,7 +101,7 @@ class SnapshotDestination:
         self._ram: GuestRam | None = None
         self._footers = True
         self._began = 0.0
-        self._transferred = 0.0
+        self._streamed = 0.0
         self._ram_is_whole = False
 
     @property
@@ -135,7 +135,8 @@ class SnapshotDestination:
                 self.keeper.dismiss_custodian()
             self._load_ram(migration, file, transport)
             self._load_device_state(migration, file, transport)
-            self._transferred = time.monotonic()
+            # Room that is made later is not part of it.
+            self._streamed = time.monotonic() - self._began - self.keeper.reserving_seconds
             self._keep(migration, transport)
         except MigrationError as error:
             if not error.owner:
@@ -407,8 +408,7 @@ class SnapshotDestination:
         state.setup_seconds = transport.setup_seconds
         state.bytes_transferred = total
         state.owner = f"the virtual machine is whole in {path}"
-        streamed = self._transferred - self._began
-        transfer = max(streamed - transport.setup_seconds - self.keeper.reserving_seconds, 1e-9)
+        transfer = max(self._streamed - transport.setup_seconds, 1e-9)
         migration.emit(
             Completed(
                 bytes=total,
