@@ -112,15 +112,18 @@ class Trace(Closing):
 
     def _map(self) -> None:
         """Write the file through its mapping from now on, where its file system lets us."""
-        mapped = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._mapped = _mapped.MappedFile(mapped)
+            readable = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            os.ftruncate(mapped, 0)
-            os.close(mapped)
+            return  # it may be written and not read
+        try:
+            self._mapped = _mapped.MappedFile(readable)
+        except OSError:
+            os.close(readable)
+            os.ftruncate(self._fd, 0)
         else:
             os.close(self._fd)
-            self._fd = mapped
+            self._fd = readable
 
     def record(self, kind: str, *, now: float | None = None, **fields: Any) -> None:
         """Write a record; its fields are those that rdma_mig.wire.trace has for the kind."""

@@ -12,6 +12,9 @@ from types import FrameType
 
 __all__ = ["cancelled_by_signals", "interrupted_by_signals"]
 
+# No signal has this number.
+_END = 0
+
 _Handler = Callable[[int, FrameType | None], object]
 
 
@@ -54,20 +57,25 @@ def cancelled_by_signals(cancel: Callable[[], object]) -> Iterator[None]:
     interesting = {int(signal.SIGINT), int(signal.SIGTERM)}
 
     def watch() -> None:
-        while numbers := os.read(signals, 64):
+        while _END not in (numbers := os.read(signals, 64)):
             if interesting.intersection(numbers):
                 cancel()
 
     watcher = threading.Thread(target=watch, name="signals")
-    watcher.start()
-    before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     try:
-        with _handled_by(_leave_to_watcher, _leave_to_watcher):
-            yield
+        watcher.start()
+        before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        try:
+            with _handled_by(_leave_to_watcher, _leave_to_watcher):
+                yield
+        finally:
+            signal.set_wakeup_fd(before)
+            # Not by the end of the pipe: a process that was forked meanwhile may have it too.
+            os.set_blocking(wakeup, True)
+            os.write(wakeup, bytes([_END]))
+            watcher.join()
     finally:
-        signal.set_wakeup_fd(before)
         os.close(wakeup)
-        watcher.join()
         os.close(signals)
 
 

@@ -12,7 +12,7 @@ from rdma_mig.memory.blocks import RamBlock
 from rdma_mig.memory.dirty import DirtyTracker
 from rdma_mig.memory.ram import GuestRam, require_memory
 from rdma_mig.migration.interfaces import API_VERSION
-from rdma_mig.snapshot import Snapshot, SnapshotWriter
+from rdma_mig.snapshot import Snapshot, SnapshotWriter, StreamFacts
 from rdma_mig.wire.device_state import DeviceState, decode_sole_device, encode_sole_device
 from rdma_mig.wire.stream import RamStart, StreamHead
 
@@ -185,12 +185,9 @@ class SnapshotGuest(Closing):
         if description:
             writer.set_description(description)
         writer.commit(
-            machine=self.machine,
-            ram_section_id=self._section_id,
-            footers=state.footers,
+            StreamFacts(self.machine, self._section_id, state.footers),
             eof_offset=state.eof_offset,
             keep_on_failure=False,
-            shared=[],
         )
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rdma_mig.errors import HostError, SnapshotError
@@ -15,41 +14,24 @@ from rdma_mig.migration.custody import Custody
 from rdma_mig.migration.events import Progress, Warned
 from rdma_mig.migration.shared_blocks import SharedBlocks
 from rdma_mig.migration.state import Migration
-from rdma_mig.snapshot import SharedBlock, SnapshotWriter
+from rdma_mig.snapshot import SharedBlock, SnapshotWriter, StreamFacts
 from rdma_mig.wire.description import DeviceStateScanner
 from rdma_mig.wire.stream import RamStart, StreamHead
 
-__all__ = ["SnapshotKeeper", "StreamFacts"]
+__all__ = ["SnapshotKeeper", "facts_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class StreamFacts:
-    """What a snapshot's manifest takes from the stream.
-
-    Attributes:
-        machine: the machine type's name.
-        ram_section_id: of the section that RAM is in.
-        footers: whether sections end with footers.
-        shared: the blocks that are the source's.
-    """
-
-    machine: str
-    ram_section_id: int
-    footers: bool
-    shared: tuple[SharedBlock, ...]
-
-    @classmethod
-    def of(
-        cls, head: StreamHead, start: RamStart, shared: SharedBlocks, *, footers: bool
-    ) -> StreamFacts:
-        """Gather them; the head must name a machine."""
-        assert head.machine is not None
-        blocks = tuple(
-            SharedBlock(position, RamBlock(block.idstr, block.length, None, block.guest_address))
-            for position, block in enumerate(start.blocks)
-            if block.idstr in shared.names
-        )
-        return cls(head.machine, start.section_id, footers, blocks)
+def facts_of(
+    head: StreamHead, start: RamStart, shared: SharedBlocks, *, footers: bool
+) -> StreamFacts:
+    """Gather what a manifest takes from the stream; the head must name a machine."""
+    assert head.machine is not None
+    blocks = tuple(
+        SharedBlock(position, RamBlock(block.idstr, block.length, None, block.guest_address))
+        for position, block in enumerate(start.blocks)
+        if block.idstr in shared.names
+    )
+    return StreamFacts(head.machine, start.section_id, footers, blocks)
 
 
 class SnapshotKeeper:
@@ -112,15 +94,7 @@ class SnapshotKeeper:
         if self._custody is None:
             return
         try:
-            self._custody.entrust(
-                self.writer.entrust(
-                    machine=facts.machine,
-                    ram_section_id=facts.ram_section_id,
-                    footers=facts.footers,
-                    shared=facts.shared,
-                ),
-                migration.cancellation,
-            )
+            self._custody.entrust(self.writer.entrust(facts), migration.cancellation)
         except HostError as error:
             self._do_without(migration, error.message)
 
@@ -156,7 +130,8 @@ class SnapshotKeeper:
         self._has_room = True
         if write is not None:
             self._write_ram(migration, ram)
-            self._note_written(write)
+            # Should this process be killed, `rdma-migrate recover` goes on from it.
+            self.writer.note_written(write)
         self.reserving_seconds = time.monotonic() - began
 
     def _write_ram(self, migration: Migration, ram: GuestRam) -> None:
@@ -174,20 +149,11 @@ class SnapshotKeeper:
         )
         self._ram_is_written = True
 
-    def _note_written(self, facts: StreamFacts) -> None:
-        """Say so on disk: should this process be killed, `rdma-migrate recover` goes on from it."""
-        self.writer.note_written(
-            machine=facts.machine,
-            ram_section_id=facts.ram_section_id,
-            footers=facts.footers,
-            shared=facts.shared,
-        )
-
     def _try_note_written(self, facts: StreamFacts) -> None:
         # Behind the commit point space is set aside for all that a snapshot needs, and not for
         # this: it is no reason to fail.
         with contextlib.suppress(SnapshotError):
-            self._note_written(facts)
+            self.writer.note_written(facts)
 
     def rescue(self, migration: Migration, ram: GuestRam | None, facts: StreamFacts) -> str:
         """Keep what there is after a failure behind the commit point; say what, and where.
@@ -242,13 +208,7 @@ class SnapshotKeeper:
         if scanner.complete:
             self.writer.set_description(scanner.description)
         path = self.writer.commit(
-            machine=facts.machine,
-            ram_section_id=facts.ram_section_id,
-            footers=facts.footers,
-            eof_offset=scanner.eof_offset,
-            keep_on_failure=keep_on_failure,
-            shared=facts.shared,
-            named=named,
+            facts, eof_offset=scanner.eof_offset, keep_on_failure=keep_on_failure, named=named
         )
         self.committed = True
         self.writing_seconds = time.monotonic() - began

@@ -21,7 +21,7 @@ from rdma_mig.memory.blocks import TARGET_PAGE_SIZE, RamBlock
 from rdma_mig.memory.page_stream import PageReader
 from rdma_mig.memory.ram import GuestRam, require_memory
 from rdma_mig.migration.events import Completed, Progress, Warned
-from rdma_mig.migration.keep import SnapshotKeeper, StreamFacts
+from rdma_mig.migration.keep import SnapshotKeeper, facts_of
 from rdma_mig.migration.ram_control import (
     RAM_CONTROL_BLOCK_REG,
     RAM_CONTROL_HOOK,
@@ -30,7 +30,7 @@ from rdma_mig.migration.ram_control import (
 from rdma_mig.migration.shared_blocks import SharedBlocks, choose_shared
 from rdma_mig.migration.state import Migration, MigrationStatus
 from rdma_mig.migration.take_over import no_description, require_pages
-from rdma_mig.snapshot import SnapshotWriter
+from rdma_mig.snapshot import SnapshotWriter, StreamFacts
 from rdma_mig.wire.control import FinalAck
 from rdma_mig.wire.description import DeviceStateScanner
 from rdma_mig.wire.stream import (
@@ -372,7 +372,7 @@ class SnapshotDestination:
         """
         assert self._head is not None
         assert self._start is not None
-        return StreamFacts.of(self._head, self._start, self._shared, footers=self._footers)
+        return facts_of(self._head, self._start, self._shared, footers=self._footers)
 
     def _keep(self, migration: Migration, transport: DestinationTransport) -> None:
         assert self._ram is not None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from rdma_mig.snapshot._fs import human, printable
-from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest, SharedBlock
+from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest, SharedBlock, StreamFacts
 from rdma_mig.snapshot.reader import Snapshot
 from rdma_mig.snapshot.recorded import RecordedCommand, require_trustworthy
 from rdma_mig.snapshot.writer import DEVICE_STATE_RESERVE, SnapshotWriter
@@ -18,6 +18,7 @@ __all__ = [
     "SharedBlock",
     "Snapshot",
     "SnapshotWriter",
+    "StreamFacts",
     "human",
     "printable",
     "require_trustworthy",

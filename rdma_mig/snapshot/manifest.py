@@ -39,6 +39,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "SharedBlock",
+    "StreamFacts",
     "digest_file",
     "ram_file",
 ]
@@ -113,6 +114,25 @@ class SharedBlock:
 
     position: int
     block: RamBlock
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFacts:
+    """What a manifest takes from the stream's head and sections.
+
+    Attributes:
+        machine: the versioned machine type of the configuration section, e.g. ``pc-q35-7.2``.
+        ram_section_id: the section id the source gave to RAM; others refer to it.
+        footers: whether sections end in a footer.
+        shared: the RAM blocks that were listed and not sent (x-ignore-shared), in stream order.
+        page_bits: log2 of the target page size.
+    """
+
+    machine: str
+    ram_section_id: int
+    footers: bool
+    shared: tuple[SharedBlock, ...] = ()
+    page_bits: int = 12
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def reserve_block(
 
         done = None if exactly else whole
         with contextlib.closing(_chunks_with_data(block, memory, done)) as chunks:
-            for _, start, part in chunks:
+            for _, start, part, _ in chunks:
                 _check(stop, "setting disk space aside for", block)
                 total += _fs.checked(_pages.allocate_data(fd, part, start, TARGET_PAGE_SIZE))
     return total
@@ -124,7 +124,7 @@ def data_bytes(block: RamBlock, memory: GuestMemory, stop: Stop) -> int:
     """Bytes in pages that are not zero."""
     total = 0
     with contextlib.closing(_chunks_with_data(block, memory)) as chunks:
-        for _, _, part in chunks:
+        for _, _, part, _ in chunks:
             _check(stop, "looking for data in", block)
             total += _pages.data_bytes(part, TARGET_PAGE_SIZE)
     return total
@@ -147,11 +147,12 @@ def write_block(
         contextlib.closing(_chunks_with_data(block, memory)) as chunks,
     ):
         digests = _DigestList(digest_fd)
-        for chunk, start, part in chunks:
+        for chunk, start, part, copied in chunks:
             _check(stop, "writing to disk", block)
             size = _fs.checked(_pages.write_data(fd, part, start, TARGET_PAGE_SIZE))
-            if size < len(part):
-                # Space may have been set aside for it; where it cannot be given back, it stays so.
+            if copied and size < len(part):
+                # Space may have been set aside at a glance; where it cannot be given back, it
+                # stays so.
                 _pages.punch_zeros(fd, part, start, TARGET_PAGE_SIZE)
             if not size:
                 continue
@@ -203,8 +204,10 @@ class _DigestList:
 
 def _chunks_with_data(
     block: RamBlock, memory: GuestMemory, done: Callable[[int, int], bool] | None = None
-) -> Generator[tuple[int, int, memoryview], None, None]:
-    """Chunks that have pages at all: number, offset, bytes. Holes of the memory stay holes.
+) -> Generator[tuple[int, int, memoryview, bool], None, None]:
+    """Chunks that have pages at all: number, offset, bytes, and whether these are a copy.
+
+    Holes of the memory stay holes.
 
     The bytes are those of the mapping or, where touching that is slow, a copy of them that is good
     up to the next chunk; before one is made ``done`` is asked, with offset and size, whether the
@@ -220,11 +223,11 @@ def _chunks_with_data(
                 if copies is None and _faults_are_slow(part):
                     copies = memoryview(bytearray(CHUNK_SIZE))
                 if copies is None:
-                    yield chunk, start, part
+                    yield chunk, start, part, False
                 elif done is None or not done(start, size):
                     with copies[:size] as copy:
                         _read_whole(memory.fd, copy, start)
-                        yield chunk, start, copy
+                        yield chunk, start, copy, True
             at = memory.next_data(start + size)
 
 

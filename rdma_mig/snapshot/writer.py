@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -34,19 +34,13 @@ from rdma_mig.snapshot.manifest import (
     BlockRecord,
     FileRecord,
     Manifest,
-    SharedBlock,
+    StreamFacts,
     ram_file,
 )
-from rdma_mig.snapshot.ram import (
-    clear_block,
-    create_block,
-    data_bytes,
-    digest_size,
-    reserve_block,
-    write_block,
-)
+from rdma_mig.snapshot.ram import Progress, Stop, write_block
 from rdma_mig.snapshot.recorded import RecordedCommand
 from rdma_mig.snapshot.recovery import note_written
+from rdma_mig.snapshot.room import make_room
 
 __all__ = ["DEVICE_STATE_RESERVE", "SnapshotWriter"]
 
@@ -58,9 +52,6 @@ _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEX
 
 # What stands in a manifest for what is not known yet.
 _NOTHING: Final = FileRecord(1, hashlib.sha256(b"\0").hexdigest())
-
-Stop = Callable[[], bool] | None
-Progress = Callable[[int], None] | None
 
 
 class SnapshotWriter:
@@ -193,57 +184,19 @@ class SnapshotWriter:
                 remedy="this machine cannot be kept as a snapshot",
             )
         self._blocks = list(blocks)
-        with _fs.failing("create", self.partial / RAM):
-            before = os.fstatvfs(self._parent)
-            with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
-                for index, (block, _) in enumerate(blocks):
-                    create_block(ram, index, block)
-        free = before.f_bavail * before.f_frsize
         manifest = 65536 + 4096 * len(blocks)
-        try:
-            try:
-                total = self._set_aside(device_state, manifest, should_stop, exactly=False)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                total = self._set_aside(device_state, manifest, should_stop, exactly=True)
-        except OSError as error:
-            code = error.errno
-            if code not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise _fs.failure(error, "set space aside for", self.partial) from error
-            total = sum(data_bytes(block, memory, should_stop) for block, memory in blocks)
-            digests = sum(digest_size(block) for block, _ in blocks)
-            need = total + digests + device_state + _DESCRIPTION_RESERVE + manifest
-            # A file system that counts no blocks at all (ramfs) is not a full one.
-            if code in (errno.EOPNOTSUPP, errno.ENOSYS) and (need <= free or not before.f_blocks):
-                return total
-            raise self._no_space(code, need, free) from error
-        return total
-
-    def _set_aside(
-        self, device_state: int, manifest: int, should_stop: Stop, *, exactly: bool
-    ) -> int:
-        total = 0
-        with _fs.closing(_fs.open_directory(RAM, self._dir)) as ram:
-            if exactly:  # what was set aside before was more than there is
-                for index, (block, _) in enumerate(self._blocks):
-                    clear_block(ram, index, block)
-            for index, (block, memory) in enumerate(self._blocks):
-                total += reserve_block(ram, index, block, memory, should_stop, exactly=exactly)
-        _fs.set_aside(self._state, device_state)
-        _fs.set_aside(self._manifest, manifest)
-        with _fs.closing(os.open(DESCRIPTION, _CREATE & ~os.O_EXCL, 0o600, dir_fd=self._dir)) as fd:
-            _fs.set_aside(fd, _DESCRIPTION_RESERVE)
-        return total
-
-    def _no_space(self, code: int | None, need: int, free: int) -> SnapshotError:
-        mount = _fs.printable(_fs.mount_point(self.path.parent))
-        why = "the quota is used up" if code == errno.EDQUOT else f"{_fs.human(free)} are free"
-        return SnapshotError(
-            f"{_fs.printable(self.path)} needs {_fs.human(need)} for RAM and device state on the "
-            f"file system mounted at {mount}, and {why}",
-            remedy="free space there, or choose a directory elsewhere",
-        )
+        with contextlib.ExitStack() as stack:
+            with _fs.failing("create", self.partial / RAM):
+                ram = _fs.open_directory(RAM, self._dir)
+                stack.callback(os.close, ram)
+                description = os.open(DESCRIPTION, _CREATE, 0o600, dir_fd=self._dir)
+                stack.callback(os.close, description)
+            others = (
+                (self._state, device_state),
+                (self._manifest, manifest),
+                (description, _DESCRIPTION_RESERVE),
+            )
+            return make_room(self.path, ram, self._blocks, others, should_stop)
 
     # -- contents --------------------------------------------------------------------------------
 
@@ -308,45 +261,19 @@ class SnapshotWriter:
         self._records[index] = record
         return record.data_bytes
 
-    def note_written(
-        self,
-        *,
-        machine: str,
-        ram_section_id: int,
-        footers: bool,
-        page_bits: int = 12,
-        shared: Sequence[SharedBlock] = (),
-    ) -> None:
-        """Say in the partial that all RAM is on disk, so that recovery.recover() can use it.
-
-        Args: as those of `commit`.
-        """
+    def note_written(self, facts: StreamFacts) -> None:
+        """Say in the partial that all RAM is on disk, so that recovery.recover() can use it."""
         with _fs.failing("write", self.partial / WRITTEN):
-            note_written(
-                self._dir,
-                self._make_manifest(machine, ram_section_id, footers, page_bits, shared),
-            )
+            note_written(self._dir, self._make_manifest(facts))
 
-    def entrust(
-        self,
-        *,
-        machine: str,
-        ram_section_id: int,
-        footers: bool,
-        page_bits: int = 12,
-        shared: Sequence[SharedBlock] = (),
-    ) -> Entrusted:
+    def entrust(self, facts: StreamFacts) -> Entrusted:
         """Return what another process needs to finish this, should this one be killed.
 
         Space must have been set aside.
-
-        Args: as those of `commit`.
         """
         unwritten = [BlockRecord(block, 0, _NOTHING.sha256) for block, _ in self._blocks]
         return Entrusted(
-            self._make_manifest(
-                machine, ram_section_id, footers, page_bits, shared, records=unwritten
-            ),
+            self._make_manifest(facts, records=unwritten),
             self._parent,
             self._dir,
             self._manifest,
@@ -355,11 +282,7 @@ class SnapshotWriter:
 
     def _make_manifest(
         self,
-        machine: str,
-        ram_section_id: int,
-        footers: bool,
-        page_bits: int,
-        shared: Sequence[SharedBlock],
+        facts: StreamFacts,
         *,
         records: Sequence[BlockRecord] | None = None,
         device_state: FileRecord = _NOTHING,
@@ -372,43 +295,35 @@ class SnapshotWriter:
         if self._config is None or not self._blocks or len(records) != len(self._blocks):
             raise RuntimeError("before the config and all RAM blocks were written")
         return Manifest(
-            machine=machine,
-            ram_section_id=ram_section_id,
-            footers=footers,
-            page_bits=page_bits,
+            machine=facts.machine,
+            ram_section_id=facts.ram_section_id,
+            footers=facts.footers,
+            page_bits=facts.page_bits,
             blocks=tuple(records),
             config=self._config,
             device_state=device_state,
             eof_offset=eof_offset,
             description=description,
-            shared=tuple(shared),
+            shared=facts.shared,
         )
 
     # -- the end ---------------------------------------------------------------------------------
 
     def commit(
         self,
+        facts: StreamFacts,
         *,
-        machine: str,
-        ram_section_id: int,
-        footers: bool,
         eof_offset: int,
-        page_bits: int = 12,
         keep_on_failure: bool = True,
-        shared: Sequence[SharedBlock] = (),
         named: bool = True,
     ) -> Path:
         """Make the snapshot durable and give it its name.
 
         Args:
-            machine: the machine type of the configuration section.
-            ram_section_id: RAM's section id in the stream.
-            footers: whether the stream's sections end in footers.
+            facts: of the stream.
             eof_offset: offset in the device state right after its EOF byte.
-            page_bits: log2 of the target page size.
             keep_on_failure: keep what there is should this fail; False where the source still has
                 the machine.
-            shared: blocks that the source listed and did not send, in stream order.
             named: False to call it ``DIR.incomplete`` for the time being, whole as it is: whether
                 it may be used is not decided yet, and `publish` gives it its name.
 
@@ -421,11 +336,7 @@ class SnapshotWriter:
         """
         self.keep_on_failure = keep_on_failure
         manifest = self._make_manifest(
-            machine,
-            ram_section_id,
-            footers,
-            page_bits,
-            shared,
+            facts,
             device_state=FileRecord(self._state_size, self._state_hash.hexdigest()),
             eof_offset=eof_offset,
             description=self._description,

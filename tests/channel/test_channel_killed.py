@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 from channel_kit import GUEST, Stored, assert_runs_on, assert_same_memory
 from harness import Qemu, free_port
+from killed import from_qemu, kill, left_behind, rdma_migrate, stopped_at
 from support import (
     Command,
     Incoming,
-    from_qemu,
-    kill,
-    left_behind,
-    rdma_migrate,
-    stopped_at,
     wait_for,
 )
 

@@ -24,6 +24,8 @@ from harness import Qemu
 from harness.output import check_output
 from test_cli_usage import COMMAND, one_line, run, without_device
 
+from rdma_mig.host.adapters import _registration
+from rdma_mig.host.findings import Level
 from rdma_mig.memory.dirty import kernel_trackers
 
 LEVELS = ("ok", "warning", "blocker")
@@ -45,6 +47,27 @@ def findings(*options: str, status: int = 3, prefix: list[str] | None = None) ->
     ranks = [LEVELS.index(finding["level"]) for finding in report["findings"]]
     assert report["level"] == LEVELS[max(ranks)]
     return by_check
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("ram", "level", "remedy"),
+    [
+        (None, Level.OK, ""),
+        (4 * GIB, Level.OK, ""),
+        (4 * GIB + 1, Level.WARNING, "--rdma-pin-all"),
+        (8 * GIB, Level.WARNING, "--rdma-pin-all"),
+        (8 * GIB + 1, Level.WARNING, "leave rdma-pin-all off"),
+    ],
+)
+def test_ram_is_held_against_the_regions_that_a_device_takes(ram, level, remedy):
+    found = _registration("mlx5_0", count=4096, size=8 * GIB, ram=ram, on_demand="no")
+    assert found.level is level
+    assert remedy in found.remedy
+    assert bool(found.remedy) is (level is Level.WARNING)
+    assert found.message.startswith("mlx5_0 registers up to 4096 regions, each of up to 8192 MiB")
 
 
 def test_host_without_a_device_is_told_how_to_make_one():

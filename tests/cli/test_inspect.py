@@ -5,6 +5,7 @@ import argparse
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_shared_blocks(tmp_path, capsys):
     shared = SharedBlock(1, RamBlock("mem\x1b0", 4 * MIB, guest_address=0))
     with kit.guest() as memories, SnapshotWriter(tmp_path / "vm") as writer:
         kit.fill(writer, memories)
-        kept = kit.commit(writer, shared=[shared])
+        kept = kit.commit(writer, replace(kit.FACTS, shared=(shared,)))
     assert run(kept, "--verify") == 0
     out = capsys.readouterr().out
     assert "(format 2)" in out

@@ -20,13 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
-import harness
 import pytest
 from harness import PAGE_SIZE, Qemu, device_address, heartbeats_in
 from harness.files import Buffer
 from harness.output import check_output
-
-from rdma_mig.snapshot import leftovers
 
 _T = TypeVar("_T")
 
@@ -373,70 +370,6 @@ def assert_survives(source: Qemu, expect: str = "failed") -> None:
     source.wait_heartbeat(2)
     printed = heartbeats_in(source.serial())
     assert printed == list(range(1, len(printed) + 1))
-
-
-# An end that is killed
-
-
-def from_qemu(source: Qemu) -> Callable[[str], None]:
-    """How a migration out of this QEMU is begun."""
-
-    def begin(uri: str) -> None:
-        source.set_parameter("max-bandwidth", 0)
-        source.migrate(uri)
-
-    return begin
-
-
-def stopped_at(
-    match: dict[str, str], begin: Callable[[str], None], kept: Path, sync: str, **more: Any
-) -> Incoming:
-    """An incoming that stands right behind this record of its trace, or before a call.
-
-    Args:
-        match: as harness/stopping.py has it.
-        begin: starts a migration to a URI.
-        kept: the snapshot directory, beside which the trace is.
-        sync: "before" or "after".
-        more: of `Incoming`.
-    """
-    script = Path(harness.__file__).with_name("stopping.py")
-    trace = kept.parent / "trace"
-    prefix = [*more.pop("prefix", ()), sys.executable, script, json.dumps(match)]
-    incoming = Incoming(kept, "--sync", sync, "--trace", str(trace), prefix=prefix, **more)
-    try:
-        begin(incoming.uri)
-        status = Path(f"/proc/{incoming.process.pid}/stat")
-        wait_for("its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", 60)
-    except BaseException:
-        incoming.__exit__(None, None, None)
-        raise
-    return incoming
-
-
-def kill(incoming: Incoming) -> float:
-    """SIGKILL; return when."""
-    began = time.monotonic()
-    incoming.signal(signal.SIGKILL)
-    assert incoming.wait() == -signal.SIGKILL
-    return began
-
-
-def left_behind(kept: Path) -> Path:
-    """Wait until nobody works any more on what a killed incoming has left; return where it is."""
-
-    def idle() -> Path | None:
-        (found,) = leftovers.find(kept)
-        # It may have got another name since it was listed.
-        return None if found.in_use or not found.path.exists() else found.path
-
-    return wait_for("the end of all work on it", idle, patience(30))
-
-
-def rdma_migrate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
-    command = [RDMA_MIGRATE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 # What it prints

@@ -21,20 +21,16 @@ from typing import Any
 import pytest
 from harness import Guest, Qemu, differences, free_port, read_blocks, snapshot_blocks
 from harness.output import check_output
+from killed import from_qemu, kill, left_behind, rdma_migrate, stopped_at
 from support import (
     Command,
     Snapshot,
     assert_survives,
-    from_qemu,
-    kill,
-    left_behind,
     outgoing,
     patience,
     prompt,
-    rdma_migrate,
     rdma_uri,
     same_snapshot,
-    stopped_at,
     wait_for,
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rdma_mig.memory import GuestMemory, RamBlock
-from rdma_mig.snapshot import SnapshotWriter
+from rdma_mig.snapshot import SnapshotWriter, StreamFacts
 
 MIB = 1 << 20
 HEAD = b"QEVM\0\0\0\3\x07\0\0\0\x0apc-q35-7.2"
@@ -72,10 +72,11 @@ def fill(writer, memories, blocks=BLOCKS, *, description=DESCRIPTION, device_sta
         writer.write_ram(index)
 
 
-def commit(writer, **more) -> Path:
-    return writer.commit(
-        machine="pc-q35-7.2", ram_section_id=2, footers=True, eof_offset=len(STATE), **more
-    )
+FACTS = StreamFacts("pc-q35-7.2", ram_section_id=2, footers=True)
+
+
+def commit(writer, facts=FACTS, **more) -> Path:
+    return writer.commit(facts, eof_offset=len(STATE), **more)
 
 
 def keep(path, memories, blocks=BLOCKS, **more) -> Path:

@@ -4,6 +4,7 @@
 import errno
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 import snapshot_kit as kit
@@ -170,11 +171,12 @@ def test_fsync_fails(tmp_path, memories, monkeypatch, which):
     "bad", [{"machine": ""}, {"machine": "x" * 300}, {"ram_section_id": 1 << 32}, {"eof_offset": 0}]
 )
 def test_what_could_not_be_read_again_is_not_committed(tmp_path, memories, bad):
-    good = {"machine": "pc", "ram_section_id": 2, "footers": True, "eof_offset": len(kit.STATE)}
+    eof = bad.get("eof_offset", len(kit.STATE))
+    facts = replace(kit.FACTS, **{name: bad[name] for name in bad.keys() - {"eof_offset"}})
     with SnapshotWriter(tmp_path / "vm") as writer:
         kit.fill(writer, memories)
         with pytest.raises(SnapshotError, match="kept in"):
-            writer.commit(**(good | bad))
+            writer.commit(facts, eof_offset=eof)
     assert os.listdir(tmp_path) == ["vm.incomplete"]
 
 

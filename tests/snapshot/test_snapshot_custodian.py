@@ -26,7 +26,6 @@ from rdma_mig.snapshot import Snapshot, SnapshotWriter, custodian
 from rdma_mig.snapshot.entrusted import DONE, READY, TAKEN
 from rdma_mig.waits import Cancel
 
-MANIFEST = {"machine": "pc-q35-7.2", "ram_section_id": 2, "footers": True}
 FRAME = b"\x06" + len(kit.DESCRIPTION).to_bytes(4, "big") + kit.DESCRIPTION
 WAIT = 30.0
 
@@ -48,12 +47,12 @@ def receive(writer):
 def write(writer):
     for index in range(len(kit.BLOCKS)):
         writer.write_ram(index)
-    writer.note_written(**MANIFEST)
+    writer.note_written(kit.FACTS)
 
 
 def commit(writer):
     writer.set_description(kit.DESCRIPTION)
-    writer.commit(**MANIFEST, eof_offset=len(kit.STATE))
+    writer.commit(kit.FACTS, eof_offset=len(kit.STATE))
 
 
 STEPS = (receive, write, commit)
@@ -62,7 +61,7 @@ STEPS = (receive, write, commit)
 def hand_over(writer, custody):
     with Cancel() as cancel:
         custody.wait_ready(cancel)
-        custody.entrust(writer.entrust(**MANIFEST), cancel)
+        custody.entrust(writer.entrust(kit.FACTS), cancel)
 
 
 def state_of(pid):
@@ -242,7 +241,7 @@ def run_and_die(point, path, memories, channel):
 
     writer = begin(path, memories)
     assert channel.recv(1) == READY
-    writer.entrust(**MANIFEST).send(channel)
+    writer.entrust(kit.FACTS).send(channel)
     assert channel.recv(1) == TAKEN
     receive(writer)
     sys.setprofile(watch)
@@ -391,7 +390,7 @@ def test_custodian_that_takes_nothing_is_told_apart(tmp_path, memories, monkeypa
         pid = custody._process.pid
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(HostError, match=r"did not take RAM within 0\.2 s"):
-            custody.entrust(writer.entrust(**MANIFEST), cancel)
+            custody.entrust(writer.entrust(kit.FACTS), cancel)
         receive(writer)
         custody.close()
         assert state_of(pid) == ""
@@ -420,7 +419,7 @@ def test_manifest_that_cannot_be_completed_leaves_what_recover_goes_on_from(tmp_
         (left / "manifest.json").write_bytes(b"{")
         (left / "vmdesc.json").unlink()
         (left / "vmdesc.json").symlink_to("/dev/null")
-        handed = writer.entrust(**MANIFEST)
+        handed = writer.entrust(kit.FACTS)
         memory = tuple(map(os.dup, handed.memories))
         with pytest.raises(SnapshotError, match="symbolic link"):
             custodian.finish(replace(handed, memories=memory), left)

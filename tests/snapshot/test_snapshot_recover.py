@@ -23,7 +23,7 @@ def leave(tmp_path, memories, *, state=kit.STATE, ram=True, description=True):
         for index in range(len(kit.BLOCKS)):
             writer.write_ram(index)
         if ram:
-            writer.note_written(machine="pc-q35-7.2", ram_section_id=2, footers=True)
+            writer.note_written(kit.FACTS)
         writer.append_device_state(state)
         if description:
             text = kit.DESCRIPTION

@@ -3,6 +3,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import snapshot_kit as kit
@@ -24,7 +25,7 @@ SHARED = (
 def shared(tmp_path):
     with kit.guest() as memories, SnapshotWriter(tmp_path / "vm") as writer:
         kit.fill(writer, memories)
-        return kit.commit(writer, shared=SHARED)
+        return kit.commit(writer, replace(kit.FACTS, shared=SHARED))
 
 
 def test_what_is_shared_is_listed_and_not_kept(shared, tmp_path):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making sure that the disk holds a snapshot, before anything depends on that."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rdma_mig.errors import SnapshotError
+from rdma_mig.memory import GuestMemory, RamBlock
+from rdma_mig.snapshot import _fs
+from rdma_mig.snapshot.ram import (
+    Stop,
+    clear_block,
+    create_block,
+    data_bytes,
+    digest_size,
+    reserve_block,
+)
+
+__all__ = ["make_room"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def make_room(
+    path: Path,
+    ram: int,
+    blocks: Sequence[tuple[RamBlock, GuestMemory]],
+    others: Sequence[tuple[int, int]],
+    should_stop: Stop,
+) -> int:
+    """Create the files of RAM, and set blocks of the file system aside for all that follows.
+
+    Where every page of RAM was looked at, that is what its pages that are not zero need; it may be
+    a little more, where looking takes long and there is room. A file system that cannot reserve is
+    only asked how much is free now.
+
+    Args:
+        path: the snapshot's, for messages.
+        ram: descriptor of the directory of RAM, which is empty.
+        blocks: in stream order, each with its memory.
+        others: descriptors of further files, and the bytes to keep free for each.
+        should_stop: asked every MiB of data; true ends it with `MigrationCancelled`.
+
+    Returns:
+        Bytes of RAM that space was set aside for.
+
+    Raises:
+        SnapshotError: there is no room, or the files cannot be created.
+    """
+    with _fs.failing("create", path):
+        before = os.fstatvfs(ram)
+        for index, (block, _) in enumerate(blocks):
+            create_block(ram, index, block)
+    try:
+        try:
+            return _set_aside(ram, blocks, others, should_stop, exactly=False)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+        for index, (block, _) in enumerate(blocks):
+            clear_block(ram, index, block)
+        return _set_aside(ram, blocks, others, should_stop, exactly=True)
+    except OSError as error:
+        code = error.errno
+        if code not in _FULL and code not in _CANNOT_RESERVE:
+            raise _fs.failure(error, "set space aside for", path) from error
+        total = sum(data_bytes(block, memory, should_stop) for block, memory in blocks)
+        need = total + sum(digest_size(block) for block, _ in blocks)
+        need += sum(size for _, size in others)
+        free = before.f_bavail * before.f_frsize
+        # A file system that counts no blocks at all (ramfs) is not a full one.
+        if code in _CANNOT_RESERVE and (need <= free or not before.f_blocks):
+            return total
+        raise _no_space(path, code, need, free) from error
+
+
+def _set_aside(
+    ram: int,
+    blocks: Sequence[tuple[RamBlock, GuestMemory]],
+    others: Sequence[tuple[int, int]],
+    should_stop: Stop,
+    *,
+    exactly: bool,
+) -> int:
+    total = 0
+    for index, (block, memory) in enumerate(blocks):
+        total += reserve_block(ram, index, block, memory, should_stop, exactly=exactly)
+    for fd, size in others:
+        _fs.set_aside(fd, size)
+    return total
+
+
+def _no_space(path: Path, code: int | None, need: int, free: int) -> SnapshotError:
+    mount = _fs.printable(_fs.mount_point(path.parent))
+    why = "the quota is used up" if code == errno.EDQUOT else f"{_fs.human(free)} are free"
+    return SnapshotError(
+        f"{_fs.printable(path)} needs {_fs.human(need)} for RAM and device state on the "
+        f"file system mounted at {mount}, and {why}",
+        remedy="free space there, or choose a directory elsewhere",
+    )
