@@ -96,7 +96,9 @@ def _write_ram(entrusted: Entrusted, left: Path) -> None:
                 GuestMemory.adopt(fd, record.block.idstr) as memory,
             ):
                 records.append(
-                    write_block(ram, index, record.block, memory, stop=None, progress=None)
+                    write_block(
+                        ram, index, record.block, memory, stop=None, progress=None, trim=True
+                    )
                 )
     note_written(entrusted.directory, replace(entrusted.manifest, blocks=tuple(records)))
 

@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Generator
-from typing import Final
+from typing import Final, NamedTuple
 
 import xxhash
 
@@ -32,6 +32,7 @@ __all__ = [
     "DIGEST_SIZE",
     "WINDOW",
     "Progress",
+    "Room",
     "Stop",
     "clear_block",
     "create_block",
@@ -60,6 +61,18 @@ Stop = Callable[[], bool] | None
 Progress = Callable[[int], None] | None
 
 
+class Room(NamedTuple):
+    """Space that was set aside for RAM.
+
+    Attributes:
+        size: bytes.
+        exact: it is for pages that are not zero, and for no others.
+    """
+
+    size: int
+    exact: bool
+
+
 def digest_size(block: RamBlock) -> int:
     """Bytes of a block's digest file."""
     return DIGEST_SIZE * chunk_count(block.length)
@@ -79,37 +92,39 @@ def reserve_block(
     memory: GuestMemory,
     stop: Stop,
     *,
-    exactly: bool = True,
-) -> int:
+    exactly: bool,
+) -> Room:
     """Set disk space aside for a block's pages that are not zero, and for its digests.
 
     Where looking at every page takes long and ``exactly`` is not asked for, a chunk that is not
     zero at a first glance gets space for all of it; `write_block` gives back what it does not use.
 
-    Returns the bytes that space was set aside for. OSError is the file system's; nothing is undone.
+    OSError is the file system's; nothing is undone.
     """
     if block.length > memory.length:
         raise ValueError(f"RAM block {block.idstr!r} is longer than its memory")
     total = 0
+    exact = True
     with _fs.closing(os.open(digest_file(index), _REOPEN, dir_fd=ram)) as fd:
         _fs.set_aside(fd, digest_size(block))
     with _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd:
 
         def whole(start: int, size: int) -> bool:
-            nonlocal total
+            nonlocal total, exact
             _check(stop, "setting disk space aside for", block)
             if not _data_at_a_glance(memory, start, size):
                 return False
             _fs.checked(_pages.reserve_space(fd, start, size))
             total += size
+            exact = False
             return True
 
         done = None if exactly else whole
         with contextlib.closing(_chunks_with_data(block, memory, done)) as chunks:
-            for _, start, part, _ in chunks:
+            for _, start, part in chunks:
                 _check(stop, "setting disk space aside for", block)
                 total += _fs.checked(_pages.allocate_data(fd, part, start, TARGET_PAGE_SIZE))
-    return total
+    return Room(total, exact)
 
 
 def clear_block(ram: int, index: int, block: RamBlock) -> None:
@@ -124,7 +139,7 @@ def data_bytes(block: RamBlock, memory: GuestMemory, stop: Stop) -> int:
     """Bytes in pages that are not zero."""
     total = 0
     with contextlib.closing(_chunks_with_data(block, memory)) as chunks:
-        for _, _, part, _ in chunks:
+        for _, _, part in chunks:
             _check(stop, "looking for data in", block)
             total += _pages.data_bytes(part, TARGET_PAGE_SIZE)
     return total
@@ -138,8 +153,12 @@ def write_block(
     *,
     stop: Stop,
     progress: Progress,
+    trim: bool,
 ) -> BlockRecord:
-    """Write a block's pages that are not zero with the digests of its chunks, and fsync both."""
+    """Write a block's pages that are not zero with the digests of its chunks, and fsync both.
+
+    With ``trim`` space for the others is given back: not each page was looked at before.
+    """
     written = flushed = 0
     with (
         _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd,
@@ -147,12 +166,11 @@ def write_block(
         contextlib.closing(_chunks_with_data(block, memory)) as chunks,
     ):
         digests = _DigestList(digest_fd)
-        for chunk, start, part, copied in chunks:
+        for chunk, start, part in chunks:
             _check(stop, "writing to disk", block)
             size = _fs.checked(_pages.write_data(fd, part, start, TARGET_PAGE_SIZE))
-            if copied and size < len(part):
-                # Space may have been set aside at a glance; where it cannot be given back, it
-                # stays so.
+            if trim and size < len(part):
+                # Where it cannot be given back, it stays so.
                 _pages.punch_zeros(fd, part, start, TARGET_PAGE_SIZE)
             if not size:
                 continue
@@ -204,10 +222,8 @@ class _DigestList:
 
 def _chunks_with_data(
     block: RamBlock, memory: GuestMemory, done: Callable[[int, int], bool] | None = None
-) -> Generator[tuple[int, int, memoryview, bool], None, None]:
-    """Chunks that have pages at all: number, offset, bytes, and whether these are a copy.
-
-    Holes of the memory stay holes.
+) -> Generator[tuple[int, int, memoryview], None, None]:
+    """Chunks that have pages at all: number, offset, bytes. Holes of the memory stay holes.
 
     The bytes are those of the mapping or, where touching that is slow, a copy of them that is good
     up to the next chunk; before one is made ``done`` is asked, with offset and size, whether the
@@ -223,11 +239,11 @@ def _chunks_with_data(
                 if copies is None and _faults_are_slow(part):
                     copies = memoryview(bytearray(CHUNK_SIZE))
                 if copies is None:
-                    yield chunk, start, part, False
+                    yield chunk, start, part
                 elif done is None or not done(start, size):
                     with copies[:size] as copy:
                         _read_whole(memory.fd, copy, start)
-                        yield chunk, start, copy, True
+                        yield chunk, start, copy
             at = memory.next_data(start + size)
 
 

@@ -12,6 +12,7 @@ from rdma_mig.errors import SnapshotError
 from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.ram import (
+    Room,
     Stop,
     clear_block,
     create_block,
@@ -32,7 +33,7 @@ def make_room(
     blocks: Sequence[tuple[RamBlock, GuestMemory]],
     others: Sequence[tuple[int, int]],
     should_stop: Stop,
-) -> int:
+) -> Room:
     """Create the files of RAM, and set blocks of the file system aside for all that follows.
 
     Where every page of RAM was looked at, that is what its pages that are not zero need; it may be
@@ -45,9 +46,6 @@ def make_room(
         blocks: in stream order, each with its memory.
         others: descriptors of further files, and the bytes to keep free for each.
         should_stop: asked every MiB of data; true ends it with `MigrationCancelled`.
-
-    Returns:
-        Bytes of RAM that space was set aside for.
 
     Raises:
         SnapshotError: there is no room, or the files cannot be created.
@@ -75,7 +73,7 @@ def make_room(
         free = before.f_bavail * before.f_frsize
         # A file system that counts no blocks at all (ramfs) is not a full one.
         if code in _CANNOT_RESERVE and (need <= free or not before.f_blocks):
-            return total
+            return Room(total, exact=True)
         raise _no_space(path, code, need, free) from error
 
 
@@ -86,13 +84,14 @@ def _set_aside(
     should_stop: Stop,
     *,
     exactly: bool,
-) -> int:
-    total = 0
-    for index, (block, memory) in enumerate(blocks):
-        total += reserve_block(ram, index, block, memory, should_stop, exactly=exactly)
+) -> Room:
+    rooms = [
+        reserve_block(ram, index, block, memory, should_stop, exactly=exactly)
+        for index, (block, memory) in enumerate(blocks)
+    ]
     for fd, size in others:
         _fs.set_aside(fd, size)
-    return total
+    return Room(sum(room.size for room in rooms), all(room.exact for room in rooms))
 
 
 def _no_space(path: Path, code: int | None, need: int, free: int) -> SnapshotError:

@@ -87,6 +87,7 @@ class SnapshotWriter:
         self._records: dict[int, BlockRecord] = {}
         self._config: FileRecord | None = None
         self._description: FileRecord | None = None
+        self._trim = False
         self._state_size = 0
         self._state_hash = hashlib.sha256()
         self.keep_on_failure = False
@@ -196,7 +197,9 @@ class SnapshotWriter:
                 (self._manifest, manifest),
                 (description, _DESCRIPTION_RESERVE),
             )
-            return make_room(self.path, ram, self._blocks, others, should_stop)
+            room = make_room(self.path, ram, self._blocks, others, should_stop)
+        self._trim = not room.exact
+        return room.size
 
     # -- contents --------------------------------------------------------------------------------
 
@@ -257,7 +260,15 @@ class SnapshotWriter:
             _fs.failing("write", self.partial / RAM / ram_file(index)),
             _fs.closing(_fs.open_directory(RAM, self._dir)) as ram,
         ):
-            record = write_block(ram, index, block, memory, stop=should_stop, progress=progress)
+            record = write_block(
+                ram,
+                index,
+                block,
+                memory,
+                stop=should_stop,
+                progress=progress,
+                trim=self._trim,
+            )
         self._records[index] = record
         return record.data_bytes
 
