@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rdma_mig.errors import RemoteProtocolError, UsageError
+from rdma_mig.errors import ProtocolError, RemoteProtocolError, UsageError
 from rdma_mig.memory.blocks import RamBlock
 from rdma_mig.memory.page_stream import PageReader
 from rdma_mig.memory.ram import GuestRam, available_memory
@@ -48,6 +48,12 @@ def report_of_stream(path: Path) -> dict[str, Any]:
     pages = _Pages()
     try:
         return _report(path, pages)
+    except ProtocolError as error:
+        # What the parser advises is for a peer that can be asked; a file is what it is.
+        raise type(error)(
+            f"{path} is no whole migration stream: {error.message}",
+            remedy="name a snapshot directory, or a file that QEMU or rdma-migrate has written",
+        ) from error
     finally:
         if pages.ram is not None:
             pages.ram.close()
@@ -71,13 +77,13 @@ def _report(path: Path, pages: _Pages) -> dict[str, Any]:
                     footers = end.has_footer
                 case None if not parser.in_device_state:
                     if not (data := file.read(_READ_SIZE)):
-                        raise RemoteProtocolError(f"{path} ends; awaited was {parser.awaiting}")
+                        raise RemoteProtocolError(f"it ends where {parser.awaiting} is due")
                     parser.feed(data)
         scanner.feed(parser.remainder())
         while data := file.read(_READ_SIZE):
             scanner.feed(data)
     if not scanner.complete:
-        raise RemoteProtocolError(f"{path} ends within the device state, or something follows it")
+        raise RemoteProtocolError("it ends within the device state, or something follows it")
     assert start is not None
     counters = pages.reader.counters if pages.reader is not None else None
     return {

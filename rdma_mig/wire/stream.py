@@ -319,7 +319,7 @@ class StreamParser:
         if magic != QEMU_VM_FILE_MAGIC:
             raise RemoteProtocolError(
                 f"stream begins with {magic:#010x}, allowed is {QEMU_VM_FILE_MAGIC:#x} (QEVM)",
-                remedy="check that the peer is the source of a QEMU migration",
+                remedy="check that it comes from the source of a QEMU migration",
             )
         version = yield from self._uint(4)
         if version == QEMU_VM_FILE_VERSION_COMPAT:

@@ -119,6 +119,63 @@ def test_commands_parse(line):
         assert callable(build_parser().parse_args(words).run)
 
 
+#: What runs the commands of a section, and a word by which it is seen there that it does.
+RUN_BY = {
+    ("README.md", "Try it"): {
+        "tests/channel/test_channel_try.py": '"try"',
+        "tests/interop/test_demo.py": '"demo"',
+        ".ci/run": "make test",
+    },
+    ("README.md", "Install"): {
+        "tests/packaging/test_documented_install.py": "Install",
+        "docker/setup-rxe": "rdma link add",
+    },
+    ("README.md", "In containers"): {"tests/docker/test_docker_files.py": "three_commands"},
+    ("README.md", "Check the hosts first"): {"tests/interop/test_readme.py": "Check the hosts"},
+    ("README.md", "How fast will it be"): {"tests/interop/test_readme.py": "How fast will it be"},
+    ("README.md", "Migrate a guest out of QEMU"): {
+        "tests/interop/test_readme.py": "Migrate a guest out of QEMU"
+    },
+    ("README.md", "Migrate it into a QEMU again"): {
+        "tests/interop/test_readme.py": "Migrate it into a QEMU again"
+    },
+    ("README.md", "Let rdma-migrate drive QEMU"): {
+        "tests/manager/test_manager_readme.py": "Let rdma-migrate drive QEMU"
+    },
+    ("README.md", "Without RDMA"): {"tests/channel/test_channel_readme.py": "Without RDMA"},
+    ("README.md", "Addresses, and hosts with several devices"): {
+        "tests/interop/test_readme.py": "Addresses, and hosts with several devices"
+    },
+    ("README.md", "Look at a snapshot"): {"tests/interop/test_readme.py": "Look at a snapshot"},
+    ("README.md", "Trace"): {"tests/interop/test_readme.py": '"Trace"'},
+    ("CONTRIBUTING.md", "Set up"): {"tests/packaging/test_documented_install.py": "Set up"},
+    ("CONTRIBUTING.md", "Edit and test"): {
+        "tests/packaging/test_documented_install.py": "Edit and test",
+        ".ci/run": "make lint",
+        "tests/lab/suite.py": '"lab" / "run"',
+    },
+    ("docs/operating.md", ""): {"tests/rdma/test_rdma_operating.py": "operating.md"},
+    ("docs/quick-start.md", ""): {"tests/manager/test_quick_start.py": "quick-start.md"},
+    # Each of them: tests/docker/test_docker_files.py.
+    ("docs/docker.md", ""): {"tests/docker/docker_kit.py": "docker.md"},
+    ("docs/performance.md", "The measure"): {"tests/interop/test_bench_run.py": "make bench"},
+}
+
+
+def test_every_command_of_the_documents_is_run():
+    seen = set()
+    for document in DOCUMENTS:
+        name = name_of(document)
+        for part in re.split(r"^## ", document.read_text(), flags=re.MULTILINE):
+            if shell_lines(part):
+                whole = (name, "") in RUN_BY
+                seen.add((name, "" if whole else part.splitlines()[0]))
+    assert seen == {*RUN_BY}
+    for runners in RUN_BY.values():
+        for runner, word in runners.items():
+            assert word in (ROOT / runner).read_text(), f"{runner} does not run {word}"
+
+
 def all_options() -> set[str]:
     def of(parser: argparse.ArgumentParser) -> set[str]:
         found = set()
