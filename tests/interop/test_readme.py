@@ -81,7 +81,7 @@ class Shell:
     def __init__(self, text: str) -> None:
         places = f"{Path(sys.executable).parent}:{Path(qemu_binary()).parent}"
         self.text = text
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on leaving
         # The last command takes the place of the shell, so that a signal reaches it.
         *before, last = text.replace("\\\n", " ").splitlines()
         self.process = subprocess.Popen(
@@ -205,13 +205,15 @@ def test_how_fast_will_it_be(host: Host):
 def test_out_of_a_qemu_looked_at_and_into_a_qemu_again(host: Host, language: str):
     out = "Migrate a guest out of QEMU"
     qmp = language == "QMP"
-    with monitor(host.here(QEMU), qmp=qmp) as source:
-        with Shell(host.here(blocks(out)[0])) as incoming:
-            incoming.wait_said(f"listening on rdma:{host.address}:{host.port}")
-            for line in host.here(blocks(out, "")[1 if qmp else 0]).splitlines():
-                source.ask(line)
-            source.wait_state("postmigrate")
-            assert "received from" in incoming.ends()
+    with (
+        monitor(host.here(QEMU), qmp=qmp) as source,
+        Shell(host.here(blocks(out)[0])) as incoming,
+    ):
+        incoming.wait_said(f"listening on rdma:{host.address}:{host.port}")
+        for line in host.here(blocks(out, "")[1 if qmp else 0]).splitlines():
+            source.ask(line)
+        source.wait_state("postmigrate")
+        assert "received from" in incoming.ends()
 
     look, verify = host.here(blocks("Look at a snapshot")[0]).splitlines()
     with Shell(look) as shown:
