@@ -188,6 +188,7 @@ def settle(
         has_it = True
     except MigrationError as gone:
         error.owner = f"who has the machine is not known: {gone.message}"
+        error.remedy = gone.remedy or error.remedy
         if not source.monitor.connected:
             error.owner = "its QEMU is gone, and the machine with it"
             if gone.message not in error.message:

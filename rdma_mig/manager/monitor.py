@@ -180,14 +180,20 @@ class Monitor(Closing):
             command: its name.
             arguments: its arguments.
             seconds: how long the answer may take.
-            cancellable: whether a cancellation ends the wait; what undoes something is not.
+            cancellable: whether a cancellation ends the wait; what undoes something is not, and is
+                not tried on a QEMU whose process is stopped.
 
         Raises:
             QemuRefused: QEMU answered with an error.
             PeerGone: the socket was closed: QEMU has ended.
-            MigrationTimeout: no answer came.
+            MigrationTimeout: no answer came, or none can come.
             MigrationCancelled: the end was asked for.
         """
+        if not cancellable and self.process is not None and self.process.stopped:
+            raise MigrationTimeout(
+                f"{self.name} answers nothing: its process is stopped",
+                remedy=f"let it go on (kill -CONT {self.process.pid}), then see `info status` there",
+            )
         try:
             return self._run(
                 self._client.execute(command, arguments),

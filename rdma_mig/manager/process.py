@@ -59,6 +59,15 @@ class QemuProcess(Closing):
         arguments = tuple(os.fsdecode(word) for word in raw.removesuffix(b"\0").split(b"\0"))
         return CommandLine(arguments, directory) if arguments[0] else None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it rests by a signal (SIGSTOP, Ctrl-Z) or in a debugger, and answers nothing."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        return fields[0] in ("T", "t")
+
     def _open_stderr(self) -> int:
         # A description of its own, at the present end. A terminal or a pipe is others' to read.
         path = f"/proc/{self.pid}/fd/2"

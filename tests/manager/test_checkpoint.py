@@ -30,6 +30,7 @@ from support import Command, prompt, wait_for
 from rdma_mig.errors import MigrationCancelled, MigrationError
 from rdma_mig.manager.checkpoint import undo
 from rdma_mig.manager.monitor import Monitor
+from rdma_mig.manager.process import QemuProcess
 from rdma_mig.manager.qemu import Qemu
 from rdma_mig.migration.state import Migration
 from rdma_mig.snapshot import SnapshotWriter
@@ -140,6 +141,26 @@ def test_cancelled_in_the_middle_the_guest_runs_on(tmp_path: Path, number: signa
         assert source.query_migrate()["status"] == "cancelled"
         assert_runs_on(source)
         assert settings(source) == before
+    assert_nothing_left(tmp_path)
+
+
+def test_cancelled_while_qemu_is_stopped_says_how_it_goes_on(tmp_path: Path):
+    with driven(tmp_path) as source:
+        source.wait_heartbeat(2)
+        with Command(
+            "checkpoint", "--qmp", socket_of(source), tmp_path / "vm", "--json", *IN_BETWEEN
+        ) as command:
+            command.wait_event("qemu", status="active", transferred=1)
+            source.signal(signal.SIGSTOP)
+            with QemuProcess(source.pid) as process:
+                wait_for("its rest", lambda: process.stopped, 5)
+            command.signal(signal.SIGINT)
+            said = command.fail(5, prompt())
+        source.signal(signal.SIGCONT)
+        assert "who has the machine is not known" in said
+        assert f"kill -CONT {source.pid}" in said
+        source.wait_status("running")
+        assert_runs_on(source)
     assert_nothing_left(tmp_path)
 
 
