@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
+# Seconds between two looks at a trace that is being written.
+_LOOK_AGAIN = 0.1
 _DESCRIPTION = """\
 Read what incoming and outgoing have written with --trace.
 
@@ -36,6 +39,10 @@ def add_parser(commands: Any) -> None:
     )
     show = verbs.add_parser("show", help="print a line a record")
     show.add_argument("file", metavar="FILE", help="trace file")
+    show.add_argument(
+        "-f", "--follow", action="store_true",
+        help="go on with what is being written, until the migration has ended",
+    )  # fmt: skip
     show.set_defaults(run=_show)
     check = verbs.add_parser(
         "check", help="hold it against the protocol's rules; exit status 1 when it breaks one"
@@ -58,10 +65,15 @@ def _show(args: argparse.Namespace) -> int:
     from rdma_mig.trace.reading import read_trace
     from rdma_mig.trace.show import line_of
 
+    def more() -> bool:
+        sys.stdout.flush()
+        time.sleep(_LOOK_AGAIN)
+        return True
+
     role, before = "", 0.0
     print(f"{'seconds':>12} {'since last':>11}  {'who':<11}  {'what':<52} size")
     try:
-        for record in read_trace(args.file):
+        for record in read_trace(args.file, more if args.follow else None):
             role = role or str(record["role"])
             print(line_of(record, role, before))
             before = record.record.t

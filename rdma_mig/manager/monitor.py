@@ -192,7 +192,7 @@ class Monitor(Closing):
         if not cancellable and self.process is not None and self.process.stopped:
             raise MigrationTimeout(
                 f"{self.name} answers nothing: its process is stopped",
-                remedy=f"let it go on (kill -CONT {self.process.pid}), then see `info status` there",
+                remedy=f"let it go on (kill -CONT {self.process.pid}), then `info status` there",
             )
         try:
             return self._run(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -93,8 +93,15 @@ def check_fields(record: TraceRecord) -> None:
             raise RemoteProtocolError(f"a trace record {record.kind!r} has {name} {shown}")
 
 
-def read_trace(path: str | os.PathLike[str]) -> Iterator[Numbered]:
+def read_trace(
+    path: str | os.PathLike[str], more: Callable[[], bool] | None = None
+) -> Iterator[Numbered]:
     """Read a file that ``--trace`` has written, a record at a time.
+
+    Args:
+        path: of the file.
+        more: called where records end without the one that ends a trace; returns, after a while,
+            whether to look again.
 
     Raises:
         TraceFileError: it cannot be read, is no trace, or has a line that is no whole record; says
@@ -104,11 +111,24 @@ def read_trace(path: str | os.PathLike[str]) -> Iterator[Numbered]:
     number = 0
     try:
         with open(path, "rb") as lines:
-            while line := lines.readline(_LINE_MAX + 1):
-                if line[0] == 0 and _ends_here(lines):
+            while True:
+                at = lines.tell() if lines.seekable() else 0
+                line = lines.readline(_LINE_MAX + 1)
+                # While it is written there may be a record by now behind zeros that were read.
+                due = not line or (line[0] == 0 and (more is not None or _ends_here(lines)))
+                if due and more is not None and lines.seekable():
+                    if more():
+                        lines.seek(0, os.SEEK_END)  # what was read ahead is out of date
+                        lines.seek(at)
+                        continue
+                    return
+                if due:
                     break
                 number += 1
-                yield Numbered(number, _record(line, number, name))
+                record = _record(line, number, name)
+                yield Numbered(number, record)
+                if record.kind == "end" and more is not None:
+                    return
     except OSError as error:
         raise TraceFileError(f"the trace {name} cannot be read: {error.strerror}") from error
     if number == 0:

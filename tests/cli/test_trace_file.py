@@ -84,6 +84,32 @@ def test_a_record_needs_no_system_call(tmp_path):
     assert len(records(tmp_path / "trace")) == 2001
 
 
+def test_trace_is_followed_while_it_is_written(tmp_path):
+    path = tmp_path / "trace"
+    command = Path(sys.executable).with_name("rdma-migrate")
+    # More than the file grows by at once, three times over.
+    count = 3 * STEP // len('{"t": 0.123456, "kind": "round", "number": 1000, "last": false}')
+    with Trace(path, "outgoing") as trace:
+        shown = subprocess.Popen(
+            [command, "trace", "show", "--follow", path], stdout=subprocess.PIPE, text=True
+        )
+        with shown:
+            assert "since last" in shown.stdout.readline()
+            assert "outgoing" in shown.stdout.readline()
+            for number in range(count):
+                trace.record("round", number=number, last=False)
+                if number % 500 == 0:
+                    assert f"round {number}" in shown.stdout.readline()
+                    continue
+                if number % 500 == 499:
+                    lines = [shown.stdout.readline() for _ in range(499)]
+                    assert f"round {number}" in lines[-1]
+            assert shown.poll() is None
+            trace.record("end", status="completed", message="")
+            assert "completed" in shown.stdout.read()
+            assert shown.wait(30) == 0
+
+
 def test_file_ends_with_its_content_once_it_is_closed(tmp_path):
     path = tmp_path / "trace"
     with Trace(path, "incoming") as trace:
