@@ -17,6 +17,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
 from pages cimport rm_is_zero
+from rdma_mig._hooks cimport PageTaker
 from verbs cimport *
 
 

@@ -9,6 +9,8 @@ cdef struct Target:
     uint64_t local
     uint64_t remote
     uint64_t length
+    # Where it begins in the RAM address space.
+    uint64_t offset
     # One pair for the whole block, or one a chunk; an rkey of 0 is not known yet.
     Keys *keys
     uint64_t chunks
@@ -33,7 +35,7 @@ cdef struct Span:
     bint whole
 
 
-cdef class WriteQueue:
+cdef class WriteQueue(PageTaker):
     """Merges guest pages into RDMA writes: the one queue behind the per-page and the bulk call.
 
     A page extends the pending run when it begins where the run ends, in the same block, and ends
@@ -105,12 +107,13 @@ cdef class WriteQueue:
             free(self.targets[i].untouched)
         free(self.targets)
 
-    def set_targets(self, targets, *, bint dynamic=False, fresh=()) -> None:
+    def set_targets(self, targets, *, offsets=None, bint dynamic=False, fresh=()) -> None:
         """Say where each block lies: a list of (local, lkey, remote, rkey, length), by index.
 
-        With ``dynamic`` the keys given are not used: each chunk gets its own, when it is first
-        written. ``fresh`` are the indexes of blocks that are all zero at the destination: zeros
-        need not be written to a chunk of theirs, as long as nothing else was.
+        ``offsets`` are those of the blocks in the RAM address space, for take(). With
+        ``dynamic`` the keys given are not used: each chunk gets its own, when it is first written.
+        ``fresh`` are the indexes of blocks that are all zero at the destination: zeros need not be
+        written to a chunk of theirs, as long as nothing else was.
         """
         cdef Target *target
         cdef uint64_t chunks
@@ -123,6 +126,7 @@ cdef class WriteQueue:
         for local, lkey, remote, rkey, length in targets:
             target = &self.targets[self.count]
             target.local = local
+            target.offset = ~<uint64_t> 0 if offsets is None else offsets[self.count]
             target.remote = remote
             target.length = length
             chunks = (target.length + self.chunk_size - 1) // self.chunk_size
@@ -353,10 +357,26 @@ cdef class WriteQueue:
         self.pending_block = block
         self.pending_start = offset
         self.pending_end = offset + size
-        self.pending_limit = (offset // self.chunk_size + 1) * self.chunk_size
+        self.pending_limit = min((offset // self.chunk_size + 1) * self.chunk_size,
+                                 self.targets[block].length)
         return _DONE
 
-    def save_page(self, int block, uint64_t offset, uint64_t size) -> None:
+    cdef int take(self, uint64_t block_offset, uint64_t offset, uint64_t size) except -1:
+        """Take one page of the block at an offset of the RAM address space."""
+        cdef int block = self.pending_block
+        # Most pages extend the run: that they are within the block follows from its limit.
+        if (block >= 0 and self.targets[block].offset == block_offset
+                and offset == self.pending_end and 0 < size <= self.pending_limit - offset
+                and self.opened and self.thread == PyThread_get_thread_ident()):
+            self.pending_end = offset + size
+            return 0
+        for block in range(self.count):
+            if self.targets[block].offset == block_offset:
+                self.save_page(block, offset, size)
+                return 0
+        raise ValueError(f"no RAM block begins at {block_offset:#x}")
+
+    cpdef int save_page(self, int block, uint64_t offset, uint64_t size) except -1:
         """Take one page of a block: offset and size in bytes."""
         self.require(block, offset, size)
         if offset % self.chunk_size + size > self.chunk_size:
@@ -366,6 +386,7 @@ cdef class WriteQueue:
             self.resume(result)
             result = self.append(block, offset, size)
         self.account()
+        return 0
 
     def save_runs(self, int block, const uint64_t[:, ::1] runs) -> int:
         """Write many runs, rows of (offset, length) in bytes; return the bytes taken."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from types import TracebackType
 from typing import Any, Protocol
+
+from rdma_mig._hooks import PageTaker
 
 class _Holder(Protocol):
     def release(self) -> None: ...
@@ -112,7 +114,7 @@ class WorkQueue:
     @property
     def waiting_since(self) -> float: ...
 
-class WriteQueue:
+class WriteQueue(PageTaker):
     deadline_ns: int
     writes: int
     bytes: int
@@ -130,6 +132,7 @@ class WriteQueue:
         self,
         targets: list[tuple[int, int, int, int, int]],
         *,
+        offsets: Sequence[int] | None = None,
         dynamic: bool = False,
         fresh: Container[int] = (),
     ) -> None: ...
@@ -145,6 +148,6 @@ class WriteQueue:
     def is_open(self) -> bool: ...
     @property
     def pending_bytes(self) -> int: ...
-    def save_page(self, block: int, offset: int, size: int) -> None: ...
+    def save_page(self, block: int, offset: int, size: int) -> int: ...
     def save_runs(self, block: int, runs: Any) -> int: ...
     def flush(self) -> None: ...

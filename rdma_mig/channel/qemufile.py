@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from rdma_mig._hooks import PageTaker
 from rdma_mig.channel.counters import RamCounters
 from rdma_mig.errors import LocalProtocolError, MigrationError
 from rdma_mig.memory.bitmap import DirtyBitmap
 
-__all__ = ["ByteChannel", "QEMUFile", "RamControlHooks"]
+__all__ = ["ByteChannel", "BytesSent", "QEMUFile", "RamControlHooks"]
 
 # A flush makes at least one message, so bytes are collected up to what QEMU itself sends at once.
 _BUFFER_SIZE = 32768
@@ -33,6 +34,12 @@ class ByteChannel(Protocol):
     def close(self) -> None:
         """Close it. Idempotent."""
         ...
+
+
+class BytesSent(Protocol):
+    """The header's ``int *bytes_sent``: anything with a ``value``, such as ctypes.c_int."""
+
+    value: int
 
 
 class RamControlHooks(Protocol):
@@ -77,6 +84,9 @@ class QEMUFile:
         """Bytes of the stream so far, and of the pages that a transport wrote beside it."""
         self.counters = RamCounters()
         """What became of the guest's pages."""
+        self.page_taker: PageTaker | None = None
+        """Takes pages without Python, between the hooks' before_iterate and after_iterate, where
+        the transport can; None for offer_page(), and once there is an error."""
         self._buffer = bytearray()
         self._error: MigrationError | None = None
 
@@ -89,6 +99,25 @@ class QEMUFile:
         """Note an error; the first one counts."""
         if self._error is None:
             self._error = error
+        self.page_taker = None
+
+    def failed(self, error: Exception) -> MigrationError:
+        """Make what a hook has met the file's error, and one of our family; return that."""
+        if not isinstance(error, MigrationError):
+            error = LocalProtocolError(str(error))
+        self.fail(error)
+        return error
+
+    def offer_page(self, block_offset: int, offset: int, size: int) -> bool:
+        """Offer a page to the hooks; return whether they took it. Raises what they raise."""
+        self.check()
+        if self.hooks is None:
+            return False
+        try:
+            self.hooks.save_page(block_offset, offset, size)
+        except (MigrationError, ValueError) as error:
+            raise self.failed(error) from error
+        return True
 
     def check(self) -> None:
         """Raise the error that the file is in, if it is in one."""

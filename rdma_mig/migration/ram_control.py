@@ -8,10 +8,9 @@ the ``RAM_CONTROL_*`` flags are listed in docs/protocol.md, RAM phases.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from rdma_mig.channel.qemufile import QEMUFile
-from rdma_mig.errors import LocalProtocolError, MigrationError, RemoteProtocolError
+from rdma_mig._hooks import ram_control_save_page
+from rdma_mig.channel.qemufile import BytesSent, QEMUFile
+from rdma_mig.errors import MigrationError, RemoteProtocolError
 from rdma_mig.memory.bitmap import DirtyBitmap
 from rdma_mig.memory.blocks import TARGET_PAGE_SIZE
 
@@ -23,7 +22,6 @@ __all__ = [
     "RAM_CONTROL_SETUP",
     "RAM_SAVE_CONTROL_DELAYED",
     "RAM_SAVE_CONTROL_NOT_SUPP",
-    "BytesSent",
     "acct_update_position",
     "ram_control_after_iterate",
     "ram_control_before_iterate",
@@ -40,20 +38,6 @@ RAM_CONTROL_BLOCK_REG = 4
 
 RAM_SAVE_CONTROL_NOT_SUPP = -1000
 RAM_SAVE_CONTROL_DELAYED = -2000
-
-
-class BytesSent(Protocol):
-    """The header's ``int *bytes_sent``: anything with a ``value``, such as ctypes.c_int."""
-
-    value: int
-
-
-def _failed(file: QEMUFile, error: Exception) -> MigrationError:
-    """Make the failure the file's, and one of our family."""
-    if not isinstance(error, MigrationError):
-        error = LocalProtocolError(str(error))
-    file.fail(error)
-    return error
 
 
 def acct_update_position(f: QEMUFile, size: int, zero: bool) -> None:
@@ -77,7 +61,7 @@ def ram_control_before_iterate(f: QEMUFile, flags: int) -> None:
         try:
             f.hooks.before_iterate(f, flags)
         except (MigrationError, ValueError) as error:
-            raise _failed(f, error) from error
+            raise f.failed(error) from error
 
 
 def ram_control_after_iterate(f: QEMUFile, flags: int) -> None:
@@ -87,7 +71,7 @@ def ram_control_after_iterate(f: QEMUFile, flags: int) -> None:
         try:
             f.hooks.after_iterate(f, flags)
         except (MigrationError, ValueError) as error:
-            raise _failed(f, error) from error
+            raise f.failed(error) from error
 
 
 def ram_control_load_hook(f: QEMUFile, flags: int, data: object = None) -> None:
@@ -106,46 +90,16 @@ def ram_control_load_hook(f: QEMUFile, flags: int, data: object = None) -> None:
     f.check()
     if f.hooks is None:
         if flags == RAM_CONTROL_HOOK:
-            raise _failed(
-                f,
+            raise f.failed(
                 RemoteProtocolError(
                     "the stream asks for RDMA, and this migration does not run over RDMA"
-                ),
+                )
             )
         return
     try:
         f.hooks.load_hook(f, flags, data)
     except (MigrationError, ValueError) as error:
-        raise _failed(f, error) from error
-
-
-def ram_control_save_page(
-    f: QEMUFile, block_offset: int, offset: int, size: int, bytes_sent: BytesSent | None = None
-) -> int:
-    """Offer one page to the transport.
-
-    Args:
-        f: the file being saved to.
-        block_offset: where the page's block begins in the RAM address space.
-        offset: of the page in its block, bytes.
-        size: bytes.
-        bytes_sent: its ``value`` becomes 1 when the page was taken, whatever is sent later,
-            since sending is deferred: the caller adds it to ``transferred`` (docs/protocol.md, RAM
-            phases).
-
-    Returns:
-        RAM_SAVE_CONTROL_DELAYED: taken. RAM_SAVE_CONTROL_NOT_SUPP: put it into the stream.
-    """
-    f.check()
-    if f.hooks is None:
-        return RAM_SAVE_CONTROL_NOT_SUPP
-    try:
-        f.hooks.save_page(block_offset, offset, size)
-    except (MigrationError, ValueError) as error:
-        raise _failed(f, error) from error
-    if bytes_sent is not None:
-        bytes_sent.value = 1
-    return RAM_SAVE_CONTROL_DELAYED
+        raise f.failed(error) from error
 
 
 def ram_control_save_pages(
@@ -171,7 +125,7 @@ def ram_control_save_pages(
     try:
         taken = f.hooks.save_pages(block_offset, dirty)
     except (MigrationError, ValueError) as error:
-        raise _failed(f, error) from error
+        raise f.failed(error) from error
     if bytes_sent is not None:
         bytes_sent.value = taken // TARGET_PAGE_SIZE
     return RAM_SAVE_CONTROL_DELAYED

@@ -307,6 +307,7 @@ class RdmaOutgoing:
             self._in_setup = True
         else:
             self._queue.open()
+            file.page_taker = self._queue
 
     def after_iterate(self, file: QEMUFile, flags: int) -> None:
         """Write what is pending, wait until all writes have completed, end the phase."""
@@ -322,6 +323,7 @@ class RdmaOutgoing:
                 raise LocalProtocolError("the end of a RAM phase that did not begin")
             self._queue.flush()
             self._wait_writes()
+            file.page_taker = None
             self._queue.close()
         self.control.send(ControlMessage(ControlType.REGISTER_FINISHED))
         self._note_phase("end")
@@ -506,6 +508,7 @@ class RdmaOutgoing:
                 (address, lkey, record.host_address, record.rkey, record.length)
                 for (address, lkey), record in zip(regions, records, strict=True)
             ],
+            offsets=[guest.offset for guest in self._ram],
             dynamic=not self.pin_all,
             fresh=[index for index, record in enumerate(records) if record.fresh],
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import harness
 from harness import Qemu
-from support import RDMA_MIGRATE, Incoming, patience, wait_for
+from support import RDMA_MIGRATE, Command, Incoming, patience, wait_for
 
 from rdma_mig.snapshot import leftovers
 
@@ -47,14 +47,17 @@ def stopped_at(
     incoming = Incoming(kept, "--sync", sync, "--trace", str(trace), prefix=prefix, **more)
     try:
         begin(incoming.uri)
-        status = Path(f"/proc/{incoming.process.pid}/stat")
-        wait_for(
-            "its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", patience(60)
-        )
+        wait_until_stopped(incoming)
     except BaseException:
         incoming.__exit__(None, None, None)
         raise
     return incoming
+
+
+def wait_until_stopped(command: Command) -> None:
+    """Wait until it stands still (harness/stopping.py)."""
+    status = Path(f"/proc/{command.process.pid}/stat")
+    wait_for("its stop", lambda: status.read_text().rsplit(")")[-1].split()[0] == "T", patience(60))
 
 
 def kill(incoming: Incoming) -> float:
