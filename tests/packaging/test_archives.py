@@ -67,6 +67,7 @@ def test_sdist_is_the_tracked_tree(sdist_files, tree):
         "Makefile",
         "README.md",
         "cext/_dirty.pyx",
+        "cext/_hooks.pyx",
         "cext/_mapped.pyx",
         "cext/_pages.pyx",
         "cext/_stream.pyx",
@@ -107,8 +108,15 @@ def test_every_source_file_names_its_licence(sdist_files):
 def test_wheel_holds_the_package_and_nothing_else(built, tree):
     name, wheel = built
     sources = kit.check(["git", "ls-files", "-z", "rdma_mig"], cwd=tree).split("\0")[:-1]
-    assert all(source.endswith((".py", ".pyi", ".json", "py.typed")) for source in sources)
-    layers = ["_dirty", "_mapped", "_pages", "_stream", *(["_verbs"] if name == "wheel" else [])]
+    assert all(source.endswith((".py", ".pyi", ".pxd", ".json", "py.typed")) for source in sources)
+    layers = [
+        "_dirty",
+        "_hooks",
+        "_mapped",
+        "_pages",
+        "_stream",
+        *(["_verbs"] if name == "wheel" else []),
+    ]
     assert set(members(wheel)) == {
         *sources,
         *(f"rdma_mig/{layer}{EXT_SUFFIX}" for layer in layers),
@@ -215,7 +223,7 @@ def test_the_rdma_layer_links_the_system_s_libraries(wheel, tmp_path):
     assert "(RUNPATH)" not in text
 
 
-@pytest.mark.parametrize("layer", ["_dirty", "_mapped", "_pages", "_stream"])
+@pytest.mark.parametrize("layer", ["_dirty", "_hooks", "_mapped", "_pages", "_stream"])
 def test_all_but_verbs_need_the_c_library_only(built, tmp_path, layer):
     libraries = needed(dynamic(built[1], layer, tmp_path))
     assert all(name.startswith(("libc.so", "libm.so", "ld-linux")) for name in libraries)
