@@ -52,8 +52,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """List, and with ``--remove`` remove; 0, or `SnapshotError` for what cannot be removed."""
     from rdma_mig.errors import UsageError
-    from rdma_mig.snapshot import human, printable
+    from rdma_mig.snapshot import human
     from rdma_mig.snapshot.leftovers import find, remove
+    from rdma_mig.words import printable
 
     if args.incomplete and not args.remove:
         raise UsageError("--incomplete says what else to remove: it goes with --remove")

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rdma_mig.errors import ProtocolError
-from rdma_mig.snapshot import Snapshot, human, printable
+from rdma_mig.snapshot import Snapshot, human
 from rdma_mig.wire.description import parse_description
+from rdma_mig.words import printable
 
 __all__ = ["lines_of", "report_of"]
 

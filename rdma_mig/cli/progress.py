@@ -7,7 +7,7 @@ import sys
 from typing import Any, Protocol
 
 from rdma_mig.metrics.meter import Meter, Standing
-from rdma_mig.trace.show import size_of
+from rdma_mig.words import size_of
 
 __all__ = ["PHASES", "Display", "terminal_display", "words_of"]
 

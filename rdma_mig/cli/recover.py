@@ -32,8 +32,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Recover one; 0, or `SnapshotError` for what is not whole."""
-    from rdma_mig.snapshot import printable
     from rdma_mig.snapshot.recovery import recover
+    from rdma_mig.words import printable
 
     path = recover(args.left)
     print(

@@ -24,8 +24,8 @@ from rdma_mig.migration.events import (
     Warned,
 )
 from rdma_mig.migration.state import Migration
-from rdma_mig.trace.show import size_of
 from rdma_mig.tracing import Trace
+from rdma_mig.words import size_of
 
 __all__ = ["Reporter", "drive", "tracing_to"]
 

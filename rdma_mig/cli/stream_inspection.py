@@ -11,9 +11,10 @@ from rdma_mig.errors import ProtocolError, RemoteProtocolError, UsageError
 from rdma_mig.memory.blocks import RamBlock
 from rdma_mig.memory.page_stream import PageReader
 from rdma_mig.memory.ram import GuestRam, available_memory
-from rdma_mig.snapshot import human, printable
+from rdma_mig.snapshot import human
 from rdma_mig.wire.description import DeviceStateScanner, parse_description
 from rdma_mig.wire.stream import RamPart, RamStart, SectionEnd, StreamHead, StreamParser
+from rdma_mig.words import printable
 
 __all__ = ["lines_of_stream", "report_of_stream"]
 

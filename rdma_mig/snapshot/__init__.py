@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from rdma_mig.snapshot._fs import human, printable
+from rdma_mig.snapshot._fs import human
 from rdma_mig.snapshot.manifest import BlockRecord, FileRecord, Manifest, SharedBlock, StreamFacts
 from rdma_mig.snapshot.reader import Snapshot
 from rdma_mig.snapshot.recorded import RecordedCommand, require_trustworthy
@@ -20,6 +20,5 @@ __all__ = [
     "SnapshotWriter",
     "StreamFacts",
     "human",
-    "printable",
     "require_trustworthy",
 ]

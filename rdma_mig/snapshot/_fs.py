@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rdma_mig import _pages
 from rdma_mig.errors import SnapshotError
+from rdma_mig.words import printable
 
 __all__ = [
     "checked",
@@ -25,21 +26,12 @@ __all__ = [
     "mount_point",
     "open_directory",
     "open_file",
-    "printable",
     "rename_noreplace",
     "set_aside",
     "write_all",
 ]
 
 _RENAME_NOREPLACE = 1
-
-
-def printable(text: object) -> str:
-    """Text for a message of one line: what a peer or a file name put in there is escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for c in str(text)
-    )
 
 
 def human(size: int) -> str:

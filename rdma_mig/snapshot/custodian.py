@@ -31,6 +31,7 @@ from rdma_mig.snapshot.leftovers import name_incomplete
 from rdma_mig.snapshot.manifest import RAM, WRITTEN, BlockRecord, ram_file
 from rdma_mig.snapshot.ram import write_block
 from rdma_mig.snapshot.recovery import LEFT, complete, note_written, state_is_whole
+from rdma_mig.words import printable
 
 __all__ = ["finish", "guard", "main"]
 
@@ -59,7 +60,7 @@ def finish(entrusted: Entrusted, left: Path) -> Path | None:
     directory = entrusted.directory
     if not state_is_whole(left, directory):
         raise SnapshotError(
-            f"{_fs.printable(left)} lacks device state", owner=_AT_SOURCE, remedy="migrate again"
+            f"{printable(left)} lacks device state", owner=_AT_SOURCE, remedy="migrate again"
         )
     with _fs.failing("write", left):
         try:
@@ -146,7 +147,7 @@ def guard(channel: socket.socket, left: Path) -> str:
         return f"{killed}: {error}"
     if kept is None:
         return ""
-    shown = _fs.printable(kept)
+    shown = printable(kept)
     return (
         f"{killed}; all had arrived, and is kept whole in {shown}: if the source is in postmigrate "
         f"(`info status` there), rdma-migrate recover {shown} makes a snapshot of it, and else the "

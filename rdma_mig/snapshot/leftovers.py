@@ -24,6 +24,7 @@ from rdma_mig.snapshot.manifest import (
     RAM,
     WRITTEN,
 )
+from rdma_mig.words import printable
 
 __all__ = ["Leftover", "abandoned", "find", "name_incomplete", "parent_lock", "remove"]
 
@@ -121,8 +122,7 @@ def remove(leftover: Leftover) -> None:
         foreign = sorted(set(os.listdir(directory)) - _OURS)
         if foreign:
             raise SnapshotError(
-                f"{_fs.printable(path)} holds {_fs.printable(foreign[0])}, which is no part of a "
-                "snapshot",
+                f"{printable(path)} holds {printable(foreign[0])}, which is no part of a snapshot",
                 remedy="see whose it is, and remove the directory yourself",
             )
         with contextlib.ExitStack() as stack:
@@ -133,7 +133,7 @@ def remove(leftover: Leftover) -> None:
                 pass  # kept without one: nobody works on it
             except BlockingIOError:
                 raise SnapshotError(
-                    f"a run works on {_fs.printable(path)}", remedy="wait for its end"
+                    f"a run works on {printable(path)}", remedy="wait for its end"
                 ) from None
             shutil.rmtree(path.name, dir_fd=parent)
 

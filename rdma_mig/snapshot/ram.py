@@ -27,6 +27,7 @@ from rdma_mig.memory import (
 )
 from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.manifest import BlockRecord, digest_file, ram_file
+from rdma_mig.words import printable
 
 __all__ = [
     "DIGEST_SIZE",
@@ -280,4 +281,4 @@ def _read_whole(fd: int, into: memoryview, offset: int) -> None:
 
 def _check(stop: Stop, doing: str, block: RamBlock) -> None:
     if stop is not None and stop():
-        raise MigrationCancelled(f"{doing} RAM block {_fs.printable(block.idstr)} was cancelled")
+        raise MigrationCancelled(f"{doing} RAM block {printable(block.idstr)} was cancelled")

@@ -43,6 +43,7 @@ from rdma_mig.snapshot.manifest import (
 )
 from rdma_mig.snapshot.ram import DIGEST_SIZE, WINDOW, Progress, Stop, digest_size
 from rdma_mig.snapshot.recorded import MAX_COMMAND, RecordedCommand
+from rdma_mig.words import printable
 
 __all__ = ["Snapshot"]
 
@@ -121,7 +122,7 @@ class Snapshot(Closing):
         raw = self._read_whole(DEVICE_STATE, self.manifest.device_state)
         if raw[self.eof_offset - 1] != 0:
             raise SnapshotError(
-                f"{_fs.printable(self.path / MANIFEST)} is damaged: no EOF byte ends the device "
+                f"{printable(self.path / MANIFEST)} is damaged: no EOF byte ends the device "
                 f"state before offset {self.eof_offset}",
                 remedy=_DAMAGED,
             )
@@ -202,8 +203,8 @@ class Snapshot(Closing):
             self._walk(index, each, should_stop, True)
             if found != record.data_bytes:
                 raise SnapshotError(
-                    f"{_fs.printable(self.path / MANIFEST)} is damaged: it gives RAM block "
-                    f"{_fs.printable(record.block.idstr)} {record.data_bytes} bytes of data, "
+                    f"{printable(self.path / MANIFEST)} is damaged: it gives RAM block "
+                    f"{printable(record.block.idstr)} {record.data_bytes} bytes of data, "
                     f"there are {found}",
                     remedy=_DAMAGED,
                 )
@@ -235,7 +236,7 @@ class Snapshot(Closing):
             for chunk in range(chunk_count(block.length)):
                 if should_stop is not None and should_stop():
                     raise MigrationCancelled(
-                        f"reading RAM block {_fs.printable(block.idstr)} was cancelled"
+                        f"reading RAM block {printable(block.idstr)} was cancelled"
                     )
                 if verify and chunk % WINDOW == 0:
                     with _fs.failing("read", self.path / RAM / digest_file(index)):
@@ -260,8 +261,8 @@ class Snapshot(Closing):
             same = xxhash.xxh3_128_digest(part) == wanted
         if not same:
             raise SnapshotError(
-                f"{_fs.printable(self.path / RAM / ram_file(index))} is damaged: RAM block "
-                f"{_fs.printable(self.blocks[index].idstr)} differs from its digest in the "
+                f"{printable(self.path / RAM / ram_file(index))} is damaged: RAM block "
+                f"{printable(self.blocks[index].idstr)} differs from its digest in the "
                 f"{_fs.human(len(part))} at offset {start:#x}",
                 remedy=_DAMAGED,
             )
@@ -276,7 +277,7 @@ class Snapshot(Closing):
                 at += len(data)
         if whole.hexdigest() != self.manifest.blocks[index].digests_sha256:
             raise SnapshotError(
-                f"{_fs.printable(path)} is damaged: its sha256 is not the manifest's",
+                f"{printable(path)} is damaged: its sha256 is not the manifest's",
                 remedy=_DAMAGED,
             )
 
@@ -311,7 +312,7 @@ class Snapshot(Closing):
                 more.append(Path(DESCRIPTION))
         if more:
             raise SnapshotError(
-                f"{_fs.printable(self.path / MANIFEST)} does not list {_fs.printable(more[0])}, "
+                f"{printable(self.path / MANIFEST)} does not list {printable(more[0])}, "
                 "which is there",
                 remedy=_DAMAGED,
             )
@@ -324,7 +325,7 @@ class Snapshot(Closing):
                 if size < wanted
                 else f"has {size - wanted} bytes more than its {wanted}"
             )
-            raise SnapshotError(f"{_fs.printable(self.path / name)} {how}", remedy=_DAMAGED)
+            raise SnapshotError(f"{printable(self.path / name)} {how}", remedy=_DAMAGED)
 
     def _open_ram(self, name: str, stack: ExitStack) -> int:
         with _fs.failing("open", self.path / RAM / name):
@@ -344,7 +345,7 @@ class Snapshot(Closing):
                 raw = file.read(record.size + 1)
         if len(raw) != record.size or hashlib.sha256(raw).hexdigest() != record.sha256:
             raise SnapshotError(
-                f"{_fs.printable(path)} is damaged: its sha256 is not the manifest's",
+                f"{printable(path)} is damaged: its sha256 is not the manifest's",
                 remedy=_DAMAGED,
             )
         return raw
@@ -357,7 +358,7 @@ class Snapshot(Closing):
             return []
         with _fs.closing(fd):
             text = os.pread(fd, 65536, 0).decode("utf-8", "replace")
-        return [_fs.printable(line) for line in text.splitlines()]
+        return [printable(line) for line in text.splitlines()]
 
     def note_restoration(self, line: str) -> None:
         """Add a line to what restorations() returns: the machine may run elsewhere from now on.
@@ -387,7 +388,7 @@ class Snapshot(Closing):
                 return None
             with open(fd, "rb") as file:
                 raw = file.read(MAX_COMMAND + 1)
-        return RecordedCommand.decode(raw, _fs.printable(path))
+        return RecordedCommand.decode(raw, printable(path))
 
     def close(self) -> None:
         """Close the directory; a second time does nothing."""
@@ -406,7 +407,7 @@ class Snapshot(Closing):
 def _cannot_open(error: OSError, path: Path) -> SnapshotError:
     if error.errno != errno.ENOENT:
         return _fs.failure(error, "open the snapshot", path)
-    shown = _fs.printable(path)
+    shown = printable(path)
     try:
         beside = sorted(os.listdir(path.parent))
     except OSError:
@@ -419,7 +420,7 @@ def _cannot_open(error: OSError, path: Path) -> SnapshotError:
             if name.startswith(path.name + suffix):
                 return SnapshotError(
                     f"there is no snapshot {shown}, only "
-                    f"{_fs.printable(path.parent / name)}, left by {meaning}",
+                    f"{printable(path.parent / name)}, left by {meaning}",
                     remedy="whether it is whole, and a snapshot all the same, finds out: "
                     f"rdma-migrate recover {shlex.quote(str(path.parent / name))}",
                 )
@@ -428,12 +429,12 @@ def _cannot_open(error: OSError, path: Path) -> SnapshotError:
 
 def _read_manifest(directory: int, path: Path) -> Manifest:
     where = path / MANIFEST
-    shown = _fs.printable(where)
+    shown = printable(where)
     try:
         fd = _fs.open_file(MANIFEST, directory)
     except FileNotFoundError:
         raise SnapshotError(
-            f"{_fs.printable(path)} has no {MANIFEST}: it is no snapshot, or an incomplete one",
+            f"{printable(path)} has no {MANIFEST}: it is no snapshot, or an incomplete one",
             remedy="check the path",
         ) from None
     except OSError as error:
@@ -444,7 +445,7 @@ def _read_manifest(directory: int, path: Path) -> Manifest:
         raise SnapshotError(f"{shown} is longer than a manifest can be", remedy=_DAMAGED)
     if not raw:
         raise SnapshotError(
-            f"{_fs.printable(path)} is the work of a run that did not finish, or is still at work",
+            f"{printable(path)} is the work of a run that did not finish, or is still at work",
             remedy="it is not complete and cannot be used: take the snapshot again",
         )
     return Manifest.decode(raw, shown)

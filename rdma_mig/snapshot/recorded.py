@@ -18,6 +18,7 @@ from typing import Any
 from rdma_mig.errors import SnapshotError
 from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.manifest import COMMAND
+from rdma_mig.words import printable
 
 __all__ = ["MAX_COMMAND", "RecordedCommand", "require_trustworthy"]
 
@@ -125,7 +126,7 @@ def _raise(error: OSError) -> None:
 
 
 def _require(path: Path, found: os.stat_result, *, sticky: bool = False) -> None:
-    shown = _fs.printable(path)
+    shown = printable(path)
     if stat.S_ISLNK(found.st_mode):
         why, remedy = "is a symbolic link", "put the file itself there"
     elif found.st_uid not in (0, os.geteuid()):

@@ -26,6 +26,7 @@ from rdma_mig.snapshot.manifest import (
 )
 from rdma_mig.snapshot.reader import Snapshot
 from rdma_mig.wire.description import DeviceStateScanner
+from rdma_mig.words import printable
 
 __all__ = ["LEFT", "complete", "note_written", "recover", "state_is_whole"]
 
@@ -81,7 +82,7 @@ def recover(left: Path) -> Path:
             Nothing of what was left is lost.
     """
     left = Path(os.path.abspath(left))
-    shown = _fs.printable(left)
+    shown = printable(left)
     match = LEFT.fullmatch(left.name)
     if match is None:
         raise SnapshotError(
@@ -115,7 +116,7 @@ def recover(left: Path) -> Path:
             _fs.rename_noreplace(parent, left.name, final.name)
         except FileExistsError:
             raise SnapshotError(
-                f"{_fs.printable(final)} exists already; {shown} is whole",
+                f"{printable(final)} exists already; {shown} is whole",
                 remedy="move one of them away",
             ) from None
         except OSError as error:
@@ -177,10 +178,10 @@ def complete(left: Path, directory: int, lock: int) -> None:
 
 
 def _complete(left: Path, directory: int, lock: int) -> None:
-    shown = _fs.printable(left)
+    shown = printable(left)
     try:
         with open(_fs.open_file(WRITTEN, directory), "rb") as file:
-            written = Manifest.decode(file.read(MAX_MANIFEST), _fs.printable(left / WRITTEN))
+            written = Manifest.decode(file.read(MAX_MANIFEST), printable(left / WRITTEN))
     except FileNotFoundError:
         raise SnapshotError(
             f"{shown} lacks RAM, which had not been written to disk when the run ended",

@@ -20,6 +20,7 @@ from rdma_mig.snapshot.ram import (
     digest_size,
     reserve_block,
 )
+from rdma_mig.words import printable
 
 __all__ = ["make_room"]
 
@@ -95,10 +96,10 @@ def _set_aside(
 
 
 def _no_space(path: Path, code: int | None, need: int, free: int) -> SnapshotError:
-    mount = _fs.printable(_fs.mount_point(path.parent))
+    mount = printable(_fs.mount_point(path.parent))
     why = "the quota is used up" if code == errno.EDQUOT else f"{_fs.human(free)} are free"
     return SnapshotError(
-        f"{_fs.printable(path)} needs {_fs.human(need)} for RAM and device state on the "
+        f"{printable(path)} needs {_fs.human(need)} for RAM and device state on the "
         f"file system mounted at {mount}, and {why}",
         remedy="free space there, or choose a directory elsewhere",
     )

@@ -41,6 +41,7 @@ from rdma_mig.snapshot.ram import Progress, Stop, write_block
 from rdma_mig.snapshot.recorded import RecordedCommand
 from rdma_mig.snapshot.recovery import note_written
 from rdma_mig.snapshot.room import make_room
+from rdma_mig.words import printable
 
 __all__ = ["DEVICE_STATE_RESERVE", "SnapshotWriter"]
 
@@ -96,7 +97,7 @@ class SnapshotWriter:
         self.partial = self.path
         if not self.path.name:
             raise SnapshotError(
-                f"{_fs.printable(self.path)} cannot be a snapshot directory",
+                f"{printable(self.path)} cannot be a snapshot directory",
                 remedy="name a directory that does not exist yet",
             )
         if os.path.lexists(self.path):
@@ -109,8 +110,8 @@ class SnapshotWriter:
 
     def _taken(self, how: str) -> SnapshotError:
         return SnapshotError(
-            f"{_fs.printable(self.path)} {how}",
-            remedy=f"choose another directory, or remove it: rm -r {_fs.printable(self.path)}",
+            f"{printable(self.path)} {how}",
+            remedy=f"choose another directory, or remove it: rm -r {printable(self.path)}",
         )
 
     def _create(self) -> None:
@@ -360,7 +361,7 @@ class SnapshotWriter:
                     self.withdraw()
                 raise
             kept = self.keep_incomplete()
-            error.message += f"; everything received is kept in {_fs.printable(kept)}"
+            error.message += f"; everything received is kept in {printable(kept)}"
             error.args = (error.message,)
             raise
         # Its name is final, whatever becomes of the next call.
@@ -375,13 +376,13 @@ class SnapshotWriter:
         """
         assert self.kept_at is not None
         present = self.kept_at
-        whole = f"; the snapshot is whole in {_fs.printable(present)}"
+        whole = f"; the snapshot is whole in {printable(present)}"
         try:
             parent = _fs.open_directory(self.path.parent, follow=True)
             try:
                 _fs.rename_noreplace(parent, present.name, self.path.name)
                 self.kept_at = None
-                whole = f"; the snapshot is whole in {_fs.printable(self.path)}"
+                whole = f"; the snapshot is whole in {printable(self.path)}"
                 os.fsync(parent)
             finally:
                 os.close(parent)
@@ -403,7 +404,7 @@ class SnapshotWriter:
     def _finish(self, manifest: Manifest, *, named: bool) -> None:
         raw = manifest.encode()
         # What this version cannot read again must not be named a snapshot.
-        Manifest.decode(raw, _fs.printable(self.partial / MANIFEST))
+        Manifest.decode(raw, printable(self.partial / MANIFEST))
         with _fs.failing("write", self.partial):
             os.ftruncate(self._state, self._state_size)
             os.fsync(self._state)

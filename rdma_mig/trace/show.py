@@ -5,22 +5,9 @@ from __future__ import annotations
 
 from rdma_mig.trace.reading import Numbered
 from rdma_mig.trace.rules import sender_of
+from rdma_mig.words import printable, size_of
 
-__all__ = ["describe", "line_of", "size_of"]
-
-
-def size_of(count: float) -> str:
-    """Return a number of bytes in words."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def printable(text: str) -> str:
-    """Return text of a peer's or a file's as something that a terminal shows and does not obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+__all__ = ["describe", "line_of"]
 
 
 def line_of(record: Numbered, role: str, before: float) -> str:

@@ -49,6 +49,7 @@ class Measured:
         setup: populating and registering, and agreeing on the blocks: the source's.
         transfer: the rest of the total.
         load, write: of the snapshot.
+        disk: from the last byte of the stream until the snapshot is on disk.
         wall: of the whole command, its start included; of a QEMU, that of the migration.
         user, system: CPU seconds of both ends, within the migration.
         whole: CPU seconds of both ends, with start, snapshot load and write.
@@ -61,6 +62,7 @@ class Measured:
     transfer: float = 0.0
     load: float | None = None
     write: float | None = None
+    disk: float | None = None
     wall: float = 0.0
     user: float = 0.0
     system: float = 0.0
@@ -204,6 +206,21 @@ class Stage:
             fill_random(path, 1 + start, start, MIB)
         return self.ram // 2
 
+    def copy_to_disk(self) -> float:
+        """Return the seconds that dd takes to put as many bytes where snapshots go."""
+        if not self.data:
+            return 0.0
+        target = self.directory / "copy"
+        began = time.monotonic()
+        subprocess.run(
+            ["dd", f"if={self.source.memory_path}", f"of={target}", "bs=1M", "conv=fsync",
+             f"count={self.data // MIB}", "status=none"],
+            check=True, timeout=self.timeout,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        target.unlink()
+        return seconds
+
     def _compare(self, source: str, arrived: Any) -> None:
         sent = snapshot_blocks(self.snapshot) if source == "ours" else read_blocks(self.source)
         if found := differences(sent, arrived):
@@ -299,4 +316,6 @@ class Stage:
         measured.wall = into.join()
         measured.write = into.event("completed")["writing_seconds"]
         into.add_to(measured, "connected", "streamed")
-        return float(into.event("streamed")["at"])
+        ended = float(into.event("streamed")["at"])
+        measured.disk = into.event("completed")["at"] - ended
+        return ended

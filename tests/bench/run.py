@@ -25,7 +25,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import empty_migration  # noqa: E402
 import figures  # noqa: E402
+import per_page  # noqa: E402
 from chart import draw  # noqa: E402
 from contenders import CONTENDERS, CONTENTS, MODES, REFERENCE, Measured, Stage  # noqa: E402
 from floor import Floor, FloorRound  # noqa: E402
@@ -113,6 +115,7 @@ def measure_cell(
     """Run one cell; return its rows."""
     rounds: dict[tuple[str, str], list[Measured]] = {c: [] for c in options.contenders}
     floors: list[FloorRound] = []
+    copies: list[float] = []
     for number in range(-1, options.rounds):
         # Each round begins with another one: nobody always comes after the same.
         turn = max(number, 0) % len(options.contenders)
@@ -122,9 +125,10 @@ def measure_cell(
                 rounds[contender].append(measured)
             else:
                 say(f"warm-up: {'-'.join(contender)} {measured.total:.3f}, every byte equal")
-        fastest = floor.measure(stage.ram)
+        fastest, copied = floor.measure(stage.ram), stage.copy_to_disk()
         if number >= 0:
             floors.append(fastest)
+            copies.append(copied)
             say(
                 f"round {number + 1}: "
                 + ", ".join(f"{'-'.join(c)} {rounds[c][-1].total:.3f}" for c in rounds)
@@ -132,7 +136,7 @@ def measure_cell(
             )
     cell = {"ram": stage.ram, "content": stage.content, "mode": mode, "data": stage.data}
     return [
-        figures.row(cell, contender, rounds[contender], rounds[REFERENCE], floors)
+        figures.row(cell, contender, rounds[contender], rounds[REFERENCE], floors, copies)
         for contender in options.contenders
     ]
 
@@ -141,12 +145,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def write(out: Path, what: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(
+    out: Path, what: dict[str, Any], rows: list[dict[str, Any]], others: list[dict[str, Any]]
+) -> None:
     """Write what there is up to now: a run that is cut off has not been in vain."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps({"about": what, "rows": rows}, indent=1) + "\n")
+    report = {"about": what, "rows": rows, "others": others}
+    (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
     head = "\n".join(f"- {name}: {value}" for name, value in what.items())
-    (out / "bench.md").write_text(f"{head}\n\n{figures.table(rows)}\n")
+    tables = f"{figures.table(rows)}\n\n{per_page.table(others)}"
+    (out / "bench.md").write_text(f"{head}\n\n{tables}\n")
     draw(rows, what, out / "bench.png")
 
 
@@ -155,6 +163,8 @@ def main(arguments: list[str]) -> int:
     what = about(arguments)
     touch_all_memory()
     rows: list[dict[str, Any]] = []
+    others = [*per_page.measure(), empty_migration.measure(what["address"], options.rounds)]
+    say(per_page.table(others))
     with (
         tempfile.TemporaryDirectory(prefix="rdma-mig-bench-", dir=options.dir) as directory,
         Floor(what["address"]) as floor,
@@ -168,9 +178,12 @@ def main(arguments: list[str]) -> int:
                     for mode in options.mode:
                         say(f"{ram // MIB} MiB, {content}, {mode}")
                         rows += measure_cell(stage, mode, options, floor)
-                        write(options.out, what, rows)
-    say(figures.table(rows))
-    missed = [target for row in rows for target in row["targets"] if not target["met"]]
+                        write(options.out, what, rows, others)
+    others += figures.growth(rows)
+    write(options.out, what, rows, others)
+    say(f"{figures.table(rows)}\n\n{per_page.table(others)}")
+    targets = [*others, *(target for row in rows for target in row["targets"])]
+    missed = [target for target in targets if not target["met"]]
     say(f"{len(missed)} targets missed; written: {options.out}/bench.json, bench.md, bench.png")
     return 0
 

@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 from contenders import Measured
-from figures import GIB, Ratio, Target, floor_seconds, interval, row
+from figures import GIB, Ratio, Target, floor_seconds, growth, interval, row
 from floor import FloorRound
 
 
@@ -44,13 +44,26 @@ def test_floor_of_a_cell():
     assert floor_seconds("dynamic", GIB // 2, GIB, whole) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("ram", "judged"), [(GIB, 5), (GIB // 4, 0)])
+@pytest.mark.parametrize(("ram", "judged"), [(GIB, 6), (GIB // 4, 0)])
 def test_row_pairs_the_rounds(ram, judged):
     reference = [Measured(total=float(n), user=1.0, system=1.0) for n in range(1, 10)]
-    ours = [Measured(total=n / 2, transfer=n / 4, user=0.1, system=0.4) for n in range(1, 10)]
+    ours = [
+        Measured(total=n / 2, transfer=n / 4, disk=1.1, user=0.1, system=0.4) for n in range(1, 10)
+    ]
     cell = {"ram": ram, "content": "random", "mode": "pin-all", "data": ram}
-    found = row(cell, ("ours", "ours"), ours, reference, [FloorRound(0.1, 0.2)] * 9)
+    found = row(cell, ("ours", "ours"), ours, reference, [FloorRound(0.1, 0.2)] * 9, [1.0] * 9)
     assert found["ratios"]["qemu"] == {"median": 0.5, "low": 0.5, "high": 0.5, "sure": True}
     assert found["ratios"]["user"]["median"] == pytest.approx(0.1)
     assert found["cpu_seconds_per_gib"] == pytest.approx(0.5 * GIB / ram)
     assert len(found["targets"]) == judged
+
+
+def test_growth_compares_the_pace_of_the_largest_with_that_of_the_smallest():
+    def of(ram: int, total: float, mode: str = "pin-all", content: str = "random"):
+        ends = {"source": "ours", "destination": "ours"}
+        return {"ram": ram, "mode": mode, "content": content, "median": {"total": total}, **ends}
+
+    rows = [of(GIB, 1.0), of(2 * GIB, 2.2), of(GIB, 1.0, "dynamic"), of(2 * GIB, 2.4, "dynamic")]
+    rows += [of(GIB, 1.0, "dynamic", "idle"), of(2 * GIB, 9.0, "dynamic", "idle")]
+    found = growth(rows)
+    assert [(round(row["value"], 2), row["met"]) for row in found] == [(1.2, False), (1.1, True)]
