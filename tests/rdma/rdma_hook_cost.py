@@ -9,12 +9,9 @@ is compiled (hook_loop.pyx).
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +22,7 @@ sys.path[:0] = [str(_TESTS), str(_TESTS / "rdma"), str(_TESTS / "snapshot")]
 
 import hooks_kit as hooks  # noqa: E402
 import rdma_kit as kit  # noqa: E402
+from harness.compiling import compiled  # noqa: E402
 
 from rdma_mig.memory.ram import GuestRam  # noqa: E402
 from rdma_mig.migration.ram_control import ram_control_save_page  # noqa: E402
@@ -32,27 +30,9 @@ from rdma_mig.migration.ram_control import ram_control_save_page  # noqa: E402
 _ROUNDS = 200
 
 
-def compiled(directory: Path) -> ModuleType:
-    """Compile hook_loop.pyx as the author of an engine would, and import it."""
-    source = Path(__file__).with_name("hook_loop.pyx")
-    project = Path(__file__).resolve().parents[2]
-    c, library = directory / "hook_loop.c", directory / "hook_loop.so"
-    subprocess.run([sys.executable, "-m", "cython", "-I", project, "-o", c, source], check=True)
-    include = sysconfig.get_paths()["include"]
-    subprocess.run(
-        ["cc", "-O2", "-fPIC", "-shared", "-w", f"-I{include}", "-o", library, c], check=True
-    )
-    spec = importlib.util.spec_from_file_location("hook_loop", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rdma-mig-hooks-") as directory:
-        measure(compiled(Path(directory)))
+        measure(compiled(Path(__file__).with_name("hook_loop.pyx"), Path(directory)))
 
 
 def measure(loop: ModuleType) -> None:
