@@ -11,9 +11,9 @@ import warnings
 from dataclasses import dataclass
 
 from rdma_mig.closing import Closing
-from rdma_mig.errors import MigrationCancelled
+from rdma_mig.errors import MigrationCancelled, MigrationTimeout
 
-__all__ = ["Cancel", "Deadline", "TransportLimits"]
+__all__ = ["Cancel", "Deadline", "TransportLimits", "nobody_came"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,20 @@ class TransportLimits:
     def next_wait(self) -> Deadline:
         """Return the limit of a wait that begins now."""
         return self.total.sooner(Deadline.after(self.stall))
+
+
+def nobody_came(awaited: str, where: str, deadline: Deadline) -> MigrationTimeout:
+    """Nobody has connected to a listener within its limit.
+
+    Args:
+        awaited: who, such as "a source".
+        where: the address that was listened at.
+        deadline: which has passed.
+    """
+    return MigrationTimeout(
+        f"{awaited} did not connect to {where} within {deadline.seconds:g} s",
+        remedy="start the migration there, or wait longer: --accept-timeout",
+    )
 
 
 class Cancel(Closing):

@@ -15,7 +15,7 @@ from rdma_mig.channel.link import SocketLink, wait_for
 from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGone
 from rdma_mig.resolver import resolve
-from rdma_mig.waits import Cancel, Deadline, TransportLimits
+from rdma_mig.waits import Cancel, Deadline, TransportLimits, nobody_came
 from rdma_mig.wire.uri import TcpAddress, UnixAddress
 
 __all__ = ["CONNECT_SECONDS", "SocketListener", "connect"]
@@ -104,16 +104,19 @@ class SocketListener(Closing):
             MigrationTimeout, MigrationCancelled: none came.
         """
         while True:
-            wait_for(
-                self._socket.fileno(), select.POLLIN, self._cancel, deadline, awaited,
-                str(self.address),
-            )  # fmt: skip
+            where = str(self.address)
             try:
-                connection, where = self._socket.accept()
+                wait_for(
+                    self._socket.fileno(), select.POLLIN, self._cancel, deadline, awaited, where
+                )
+            except MigrationTimeout:
+                raise nobody_came(awaited, where, deadline) from None
+            try:
+                connection, client = self._socket.accept()
             except OSError:
                 continue  # it went away while it connected
-            peer = _name(where) or f"{self.address} (client)"
-            if self._guard is not None and isinstance(where, tuple) and self._guard(where[0]):
+            peer = _name(client) or f"{self.address} (client)"
+            if self._guard is not None and isinstance(client, tuple) and self._guard(client[0]):
                 connection.close()
                 continue
             self.close()

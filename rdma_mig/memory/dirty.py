@@ -171,7 +171,7 @@ class _KernelTracker(Closing):
             return error.message
         per_page = mmap.PAGESIZE // TARGET_PAGE_SIZE
         if found != [0, per_page, 0, per_page, 0]:
-            return f"the kernel does not tell what was written (of one page, {found} were found)"
+            return "this kernel does not tell which pages were written"
         return ""
 
     def start(self) -> None:

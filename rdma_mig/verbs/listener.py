@@ -23,7 +23,7 @@ from rdma_mig.verbs.events import (
 )
 from rdma_mig.verbs.host import devices, unusable_devices
 from rdma_mig.verbs.loading import load
-from rdma_mig.waits import Cancel, Deadline
+from rdma_mig.waits import Cancel, Deadline, nobody_came
 
 __all__ = ["Answer", "Listener"]
 
@@ -130,7 +130,12 @@ class Listener(Closing):
         """
         doing = "waiting for a source to connect"
         while True:
-            event = self.events.next(doing, "any peer", deadline, self.cancel)
+            try:
+                event = self.events.next(doing, "any peer", deadline, self.cancel)
+            except MigrationTimeout:
+                host, port = self.address
+                where = f"rdma:[{host}]:{port}" if ":" in host else f"rdma:{host}:{port}"
+                raise nobody_came("a source", where, deadline) from None
             if event.type == DEVICE_REMOVAL:
                 raise HostError(
                     f"the RDMA device of {self.address[0]} was removed while {doing}",

@@ -27,6 +27,16 @@ def test_command_that_did_not_take_it_is_no_success(stored: Stored, command: str
     assert "is unchanged" in said
 
 
+def test_source_that_does_not_come_is_waited_for_as_long_as_was_said(tmp_path: Path):
+    uri = f"unix:{tmp_path}/socket"
+    with Incoming(tmp_path / "kept", "--accept-timeout", "0.5", uri=uri) as incoming:
+        said = incoming.fail(5)
+        assert incoming.event("failed")["remedy"].endswith("--accept-timeout")
+    assert f"a source did not connect to {uri} within 0.5 s" in said
+    assert "goes on running there" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_file_that_was_not_finished_is_not_there(tmp_path: Path, stored: Stored):
     with Command(
         "outgoing", stored.directory, f"file:{tmp_path}/stream",
