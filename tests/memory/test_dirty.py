@@ -290,7 +290,7 @@ def test_next_best_is_taken_and_the_reasons_are_told(ram, monkeypatch):
 
 def test_a_kernel_that_tells_nothing_is_found_out(monkeypatch):
     monkeypatch.setattr(_dirty, "read_soft_dirty", lambda *_: 0)
-    assert "does not tell what was written" in SoftDirty.unsupported()
+    assert "does not tell which pages were written" in SoftDirty.unsupported()
 
 
 WITHOUT_PRIVILEGES = """
