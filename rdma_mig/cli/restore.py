@@ -190,9 +190,10 @@ def _restore(
             capabilities |= {"rdma-pin-all"} if args.rdma_pin_all else set()
         try:
 
-            def start() -> None:
+            def start(has: set[str]) -> None:
                 source.load(migration)
-                _send(destination, migration, source, args, uri)
+                answers = not uri.startswith("rdma:") or destination.return_path(uri) in has
+                _send(destination, migration, source, args, uri, return_path=answers)
 
             restore(
                 destination,
@@ -214,13 +215,15 @@ def _send(
     source: SnapshotSource,
     args: argparse.Namespace,
     uri: str,
+    *,
+    return_path: bool,
 ) -> None:
-    """Have the QEMU listen, and begin to send."""
+    """Have the QEMU listen, and begin to send; with a return path where it offers one."""
     from rdma_mig.migration.channels import ChannelOptions, start_outgoing
     from rdma_mig.migration.uris import qemu_start_outgoing_migration
     from rdma_mig.wire.uri import FdAddress
 
-    options = ChannelOptions(return_path=True, total_seconds=args.timeout)
+    options = ChannelOptions(return_path=return_path, total_seconds=args.timeout)
     if uri:
         rdma = None
         if uri.startswith("rdma:"):

@@ -55,10 +55,10 @@ class CheckpointOptions:
             found["downtime-limit"] = self.downtime_ms
         return found
 
-    def capabilities(self, qemu: Qemu) -> set[str]:
+    def capabilities(self, qemu: Qemu, *, return_path: bool = True) -> set[str]:
         """Return those that have to be on."""
         pinned = {"rdma-pin-all"} if self.pin_all else set()
-        return {qemu.return_path(self.uri), *pinned}
+        return {qemu.return_path(self.uri), *pinned} if return_path else pinned
 
 
 def warn_of_disks(source: Qemu) -> None:

@@ -45,10 +45,14 @@ def handover(
     source.require_idle()
     running = source.status() == "running"
     wait_for_defer(destination, None)
-    with (
-        source.prepared(options.capabilities(source), options.parameters()),
-        destination.prepared(options.capabilities(destination), {}),
-    ):
+    with contextlib.ExitStack() as settings:
+        enter = settings.enter_context
+        has = enter(destination.prepared(options.capabilities(destination), {}))
+        # A source that opens a return path to a QEMU which offers none gets no answer.
+        wanted = options.capabilities(
+            source, return_path=destination.return_path(options.uri) in has
+        )
+        enter(source.prepared(wanted, options.parameters()))
         listening = False
         try:
             source.step = "having the destination listen"

@@ -89,8 +89,12 @@ class Qemu:
     # ---- settings ----
 
     @contextlib.contextmanager
-    def prepared(self, on: set[str], parameters: dict[str, Any]) -> Iterator[None]:
+    def prepared(self, on: set[str], parameters: dict[str, Any]) -> Iterator[set[str]]:
         """Switch these capabilities on and others off, set parameters; and all back at the end.
+
+        Yields:
+            those that are on: a QEMU may have refused a return path, and then the other end must
+            have none either.
 
         Raises:
             QemuRefused: a setting is not possible in this QEMU.
@@ -112,15 +116,17 @@ class Qemu:
             parameters = {**parameters, "tls-creds": ""}
         changed = {name: had[name] for name, state in wanted.items() if state != had[name]}
         try:
-            self._switch({name: wanted[name] for name in changed})
+            refused = self._switch({name: wanted[name] for name in changed})
             if parameters:
                 self.monitor.execute("migrate-set-parameters", parameters)
-            yield
+            yield on - refused
         finally:
             self._restore(changed, before)
 
-    def _switch(self, states: dict[str, bool]) -> None:
+    def _switch(self, states: dict[str, bool]) -> set[str]:
         """Set capabilities; without a return path over RDMA where a QEMU up to 7.2 has none.
+
+        Returns those that were refused.
 
         postcopy-ram needs userfaultfd, which a QEMU of a plain user often may not use.
         """
@@ -139,6 +145,8 @@ class Qemu:
                     "the source lets go of its guest before the destination says that it has it"
                 )
             )
+            return {_POSTCOPY}
+        return set()
 
     def _set_capabilities(self, states: dict[str, bool], *, cancellable: bool) -> None:
         if states:

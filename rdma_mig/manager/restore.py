@@ -56,7 +56,7 @@ def not_waiting(destination: Qemu, recorded: CommandLine | None, why: str) -> Us
 def restore(
     destination: Qemu,
     migration: Migration,
-    start: Callable[[], None],
+    start: Callable[[set[str]], None],
     *,
     capabilities: set[str],
     recorded: CommandLine | None,
@@ -68,7 +68,7 @@ def restore(
     Args:
         destination: the QEMU.
         migration: sends; started by ``start``.
-        start: has the QEMU listen, and begins to send.
+        start: has the QEMU listen, and begins to send; told which of the capabilities are on.
         capabilities: those that have to be on in the QEMU.
         recorded: how the QEMU of the snapshot was started.
         stop: leave the guest stopped; else it runs if it ran.
@@ -78,12 +78,12 @@ def restore(
         MigrationError: it failed; the snapshot is as before.
     """
     wait_for_defer(destination, recorded)
-    with destination.prepared(capabilities, {}):
+    with destination.prepared(capabilities, {}) as has:
         try:
             destination.step = "having QEMU listen"
             await_guest(destination, stop=stop)
             try:
-                start()
+                start(has)
             except QemuRefused as error:
                 if "already" not in error.words:
                     raise

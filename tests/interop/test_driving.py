@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
+import harness
 import pytest
 from harness import device_address, free_port
 from manager_kit import (
@@ -73,6 +75,34 @@ def test_guest_goes_from_one_qemu_to_another(tmp_path: Path, pinned: str):
             assert command.event("migrated")["uri"].startswith("rdma:")
         assert source.status() == "postmigrate"
         assert (settings(source), settings(destination)) == before
+        assert_proves_its_ram(destination)
+
+
+def test_destination_that_offers_no_return_path_is_asked_for_none(tmp_path: Path):
+    """Where QEMU may not use userfaultfd() it has none, and nobody answers who opens one."""
+    snapshot = tmp_path / "vm"
+    script = Path(harness.__file__).with_name("no_userfaultfd.py")
+    confined = [sys.executable, str(script)]
+    with driven(tmp_path) as source:
+        source.wait_heartbeat(2)
+        with waiting(tmp_path, "first", prefix=confined) as destination:
+            with Command(
+                "migrate", "--qmp", socket_of(source), "--to-qmp", socket_of(destination),
+                rdma_uri(free_port()), "--json", "--rdma-pin-all",
+            ) as command:  # fmt: skip
+                command.succeed()
+                assert "there is no return path" in command.event("warning")["message"]
+            assert source.status() == "postmigrate"
+            destination.wait_heartbeat(3)
+            with Command("checkpoint", "--qmp", socket_of(destination), snapshot) as command:
+                command.succeed()
+    with waiting(tmp_path, "second", prefix=confined) as destination:
+        with Command(
+            "restore", snapshot, "--qmp", socket_of(destination), "--uri", rdma_uri(free_port()),
+            "--json",
+        ) as command:  # fmt: skip
+            command.succeed()
+            assert "there is no return path" in command.event("warning")["message"]
         assert_proves_its_ram(destination)
 
 
