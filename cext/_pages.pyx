@@ -9,7 +9,7 @@ caller can say in one line which block of which file or machine it was about.
 """
 
 from libc.errno cimport EINTR, EINVAL, EIO, ENXIO, errno
-from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 
 from pages cimport SEEK_DATA, SEEK_HOLE, lseek, rm_is_zero, rm_next_bit
 
@@ -344,17 +344,30 @@ def punch_zeros(int fd, const uint8_t[::1] buf not None, long offset, unit):
     return result
 
 
-def read_data(int fd, uint8_t[::1] buf not None, long offset):
+def read_data(int fd, uint8_t[::1] buf not None, long offset, int64_t[::1] extent=None):
     """Read the file's data extents from ``offset`` into ``buf``; where it has holes, touch nothing.
+
+    ``extent`` is kept by who reads a file bit by bit: two words, where the last extent that was
+    found begins and ends, at first 0. A file in memory finds the end of one by walking over its
+    pages, which must not be done for each bit anew.
 
     Returns the bytes read (0: all of it is a hole), or a negative errno: ``-EIO`` when the file
     ends before the buffer does. A file system that knows no holes is read in full.
     """
     cdef long n = <long>buf.shape[0], at = 0, end, total = 0, found
     cdef ssize_t done
+    cdef int64_t own[2]
+    cdef int64_t *known = own
+    own[0] = own[1] = 0
+    if extent is not None:
+        if extent.shape[0] < 2:
+            raise ValueError("no room for the extent")
+        known = &extent[0]
     with nogil:
         while at < n:
-            found = lseek(fd, offset + at, SEEK_DATA)
+            found = offset + at
+            if not known[0] <= found < known[1]:
+                found = lseek(fd, found, SEEK_DATA)
             if found < 0 and errno == ENXIO:
                 # No data from here on. What lies behind the file's end is no hole, though.
                 if lseek(fd, 0, 2) < offset + n:
@@ -369,10 +382,14 @@ def read_data(int fd, uint8_t[::1] buf not None, long offset):
             else:
                 if found >= offset + n:
                     break
-                end = lseek(fd, found, SEEK_HOLE)
-                if end < 0:
-                    total = -errno
-                    break
+                if not known[0] <= found < known[1]:
+                    end = lseek(fd, found, SEEK_HOLE)
+                    if end < 0:
+                        total = -errno
+                        break
+                    known[0] = found
+                    known[1] = end
+                end = known[1]
             at = found - offset
             end -= offset
             if end > n:

@@ -134,10 +134,10 @@ cdef void _zero(uint8_t *ram, int fd, size_t start, size_t end, size_t page) noe
             if found < 0 and errno == ENXIO or found >= <long>end:
                 return
             if found >= 0:
+                # One page, and then the file is asked again: to find where the data ends, a file
+                # in memory would be walked page by page.
                 start = <size_t>found - <size_t>found % page
-                found = lseek(fd, found, SEEK_HOLE)
-                if found > 0 and <size_t>found < end:
-                    stop = <size_t>found + (page - <size_t>found % page) % page
+                stop = min(start + page, end)
         while start < stop:
             rm_fill(ram + start, 0, page)
             start += page

@@ -125,6 +125,14 @@ class GuestRam(Closing):
         for guest in self._blocks:
             guest.memory.populate(should_stop)
 
+    def map_data(self, should_stop: Callable[[], bool]) -> None:
+        """Map the chunks that have pages, so that registering them takes no fault a page.
+
+        Raises: as populate().
+        """
+        for guest in self._blocks:
+            guest.memory.map_data(CHUNK_SIZE, should_stop)
+
     def close(self) -> None:
         """Free the memory; every region over it must be closed. Idempotent."""
         with contextlib.ExitStack() as stack:

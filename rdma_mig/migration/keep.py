@@ -56,6 +56,7 @@ class SnapshotKeeper:
     def __init__(self, path: str | Path, *, custodian: bool = False) -> None:
         self.writer = SnapshotWriter(path)
         self._custody: Custody | None = None
+        self._custodian_due = True
         self._unguarded = ""
         if custodian:
             try:
@@ -80,7 +81,10 @@ class SnapshotKeeper:
     # ---- the custodian ----
 
     def wait_custodian(self, migration: Migration) -> None:
-        """Wait until the custodian is at work, if there is to be one; without it all goes on."""
+        """Wait, once, until the custodian is at work, if there is to be one; else all goes on."""
+        if not self._custodian_due:
+            return
+        self._custodian_due = False
         if self._custody is not None:
             try:
                 self._custody.wait_ready(migration.cancellation)
@@ -110,6 +114,7 @@ class SnapshotKeeper:
 
     def dismiss_custodian(self) -> None:
         """End it: this process has ended in order, or needs none."""
+        self._custodian_due = False
         custody, self._custody = self._custody, None
         if custody is not None:
             custody.close()

@@ -129,9 +129,7 @@ class SnapshotDestination:
             self._parser = StreamParser(self._page_reader)
         self._began = time.monotonic()
         try:
-            if self._lets_go(transport):
-                self.keeper.wait_custodian(migration)
-            else:
+            if not self._lets_go(transport):
                 self.keeper.dismiss_custodian()
             self._load_ram(migration, file, transport)
             self._load_device_state(migration, file, transport)
@@ -192,9 +190,11 @@ class SnapshotDestination:
                 if migration.state.status is MigrationStatus.DEVICE:
                     self._commit_point(migration, transport)
             case RamPart():
+                self.keeper.wait_custodian(migration)
                 migration.note_round(last=False)
                 migration.emit(Progress("round", migration.state.rounds, 0))
             case RamEnd():
+                self.keeper.wait_custodian(migration)
                 migration.note_round(last=True)
                 migration.advance(MigrationStatus.DEVICE)
                 migration.state.step = "receiving the last RAM"

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shlex
 import warnings
+from array import array
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -230,6 +231,7 @@ class Snapshot(Closing):
                 self._check_digest_list(index, digests)
             entries = b""
             zeros = bytes(CHUNK_SIZE)
+            extent = array("q", [0, 0])
             # Not straight into guest memory: what the processor has in its cache is hashed and
             # copied sooner than a page fault for each page takes.
             buffer = stack.enter_context(memoryview(bytearray(CHUNK_SIZE)))
@@ -244,7 +246,7 @@ class Snapshot(Closing):
                 start, size = chunk_range(chunk, block.length)
                 with buffer[:size] as part:
                     with _fs.failing(f"read (at offset {start:#x})", path):
-                        done = _fs.checked(_pages.read_data(fd, part, start))
+                        done = _fs.checked(_pages.read_data(fd, part, start, extent))
                     if verify:
                         at = chunk % WINDOW * DIGEST_SIZE
                         self._check_chunk(index, start, part, done, entries[at : at + DIGEST_SIZE])

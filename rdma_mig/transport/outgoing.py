@@ -140,6 +140,8 @@ class RdmaOutgoing:
         extension = Extension(features, secrets.randbits(64))
         asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
         self._return_path: ReturnPathReader | None = None
+        # While nobody waits for it yet; a chunk is registered as a whole.
+        ram.map_data(lambda: cancel.requested)
         self._endpoint = connect(address.host, address.port, asked.encode(), cancel, options)
         try:
             if return_path:

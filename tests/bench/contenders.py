@@ -37,6 +37,8 @@ REFERENCE = CONTENDERS[0]
 # QEMU's limit is on what it sends a second; this is none.
 _MAX_BANDWIDTH = 10**11
 _RAM = "pc.ram"
+# Seconds from when a destination listens until it does nothing but wait, as one does in practice.
+_AT_REST = 1.0
 _COMMAND = Path(__file__).with_name("command.py")
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -256,6 +258,7 @@ class Stage:
                     Ours("incoming", f"rdma:{host}:0", "--output", target, timeout=self.timeout)
                 )
                 uri = into.event("listening")["uri"]
+                time.sleep(_AT_REST)  # its second process still starts
             else:
                 uri = f"rdma:{host}:{free_port()}"
                 into = enter(
