@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("left", metavar="PATH", type=Path, help="DIR.partial-PID or DIR.incomplete")
+    parser.add_argument("-j", "--json", action="store_true", help="one JSON object instead of text")
     parser.set_defaults(run=run)
 
 
@@ -36,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.words import printable
 
     path = recover(args.left)
+    if args.json:
+        print(json.dumps({"path": str(path)}))
+        return 0
     print(
         f"{printable(path)} is whole; before you use it, see that the source is in postmigrate "
         "(`info status` there) and stays so"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     check.add_argument("file", metavar="FILE", help="trace file")
     check.add_argument("other", metavar="FILE2", nargs="?", help="trace of the other end")
+    check.add_argument("-j", "--json", action="store_true", help="one JSON object instead of text")
     check.set_defaults(run=_check)
     chart = verbs.add_parser(
         "chart", help="draw sequence diagram and time line (with matplotlib, the extra 'chart')"
@@ -106,6 +108,19 @@ def _check(args: argparse.Namespace) -> int:
             check_pair(*ends)
         except PairViolation as violation:
             raise MigrationError(f"{violation.name}: {violation}") from None
+    if args.json:
+        traces = [
+            {
+                "path": end.name,
+                "records": len(end.records),
+                "role": end.rules.role,
+                "phases": end.rules.phases,
+                "status": end.rules.status,
+            }
+            for end in ends
+        ]
+        print(json.dumps({"traces": traces}))
+        return 0
     for end in ends:
         print(
             f"{end.name}: {len(end.records)} records, {end.rules.role}, "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from channel_kit import GUEST, Stored, assert_runs_on, assert_same_memory
 from harness import Qemu, free_port
+from harness.output import check_output
 from killed import from_qemu, kill, left_behind, rdma_migrate, stopped_at
 from support import (
     Command,
@@ -45,8 +47,9 @@ def test_machine_is_kept_whole_and_runs_on(tmp_path: Path, scheme: str, at: dict
         assert left == tmp_path / "kept.incomplete"
         assert f"kept whole in {left}" in said
         memory = bytes(source.memory()[:])
-    found = rdma_migrate("recover", left)
+    found = rdma_migrate("recover", "--json", left)
     assert found.returncode == 0, found.stderr
+    assert check_output("recover", json.loads(found.stdout)) == {"path": str(kept)}
     assert_same_memory(kept, memory)
     entry = f"tcp:127.0.0.1:{free_port()}"
     with Qemu(guest=GUEST, name="destination", incoming=entry) as destination:

@@ -7,12 +7,18 @@ incoming from a QEMU 7.2 and by outgoing to one (``qemu-*``).
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.output import check_output
 from trace_kit import TRACES, Records, check, find, load, store
 
 from rdma_mig.cli.main import main
@@ -31,6 +37,17 @@ def test_real_traces_keep_the_rules(name: str, end: str, capsys: pytest.CaptureF
     role = {"in": "incoming", "out": "outgoing"}[end]
     out = capsys.readouterr().out
     assert re.search(rf"\d+ records, {role}, \d+ RAM phases, completed: keeps all rules", out)
+
+
+def test_what_was_found_as_json(capsys: pytest.CaptureFixture[str]):
+    ends = [str(TRACES / f"ours-dynamic.{end}") for end in ("in", "out")]
+    assert main(["trace", "check", "--json", *ends]) == 0
+    told = check_output("trace-check", json.loads(capsys.readouterr().out))
+    assert [(each["path"], each["role"]) for each in told["traces"]] == [
+        (ends[0], "incoming"),
+        (ends[1], "outgoing"),
+    ]
+    assert all(each["status"] == "completed" for each in told["traces"])
 
 
 @pytest.mark.parametrize("mode", OURS)
