@@ -52,8 +52,9 @@ class Report:
         hangs: runs that did not end in time.
         leaks: kinds of resources of which there are more than after the warm-up, and how many.
         grown_kib: memory, resident, after the last run less that after the warm-up.
-        grown_late_kib: the part of it that came in the second half of the runs: allocators take
-            some at first, a leak goes on.
+        grown_late_kib: how much more the least of the last quarter of the runs is than the least
+            of the second one: allocators take some at first, and more or less from one run to the
+            next; a leak goes on.
         seconds: what all took.
     """
 
@@ -69,8 +70,8 @@ class Report:
 
     @property
     def most_late_kib(self) -> int:
-        """How much memory may grow in the second half: 1 KiB a run, and a step of an allocator."""
-        return 1024 + self.runs // 2
+        """How much memory may grow in the second half: 1 KiB a run, and two steps of an allocator."""
+        return 2048 + self.runs // 2
 
     @property
     def good(self) -> bool:
@@ -227,12 +228,13 @@ def soak(
             kit.paint(memories)
             kept = snapshot_kit.keep(Path(directory, "kept"), memories, kit.BLOCKS)
         before: dict[str, int] = {}
-        memory = half = 0
+        memory = 0
+        resident: list[int] = []
         for number in range(runs + WARM_UP):
             if number == WARM_UP:
                 before, memory = traces(room), resident_kib()
-            if number == WARM_UP + runs // 2:
-                half = resident_kib()
+            if (number - WARM_UP) % max(runs // 40, 1) == 0 and number >= WARM_UP:
+                resident.append(resident_kib())
             # The warm-up has seeds of its own: with --runs 1 the one run has the seed given.
             own_seed = seed + number - WARM_UP
             # What hangs outside of all waits ends the process, and shows where.
@@ -273,7 +275,11 @@ def soak(
                 break
             time.sleep(0.1)
         report.grown_kib = resident_kib() - memory
-        report.grown_late_kib = resident_kib() - half
+        resident.append(resident_kib())
+        quarter = max(len(resident) // 4, 1)
+        # From one moment to the next it goes up and down by more than any leak: the lowest of
+        # each quarter tells what stays.
+        report.grown_late_kib = min(resident[-quarter:]) - min(resident[quarter : 2 * quarter])
     report.seconds = round(time.monotonic() - began, 1)
     return report
 
