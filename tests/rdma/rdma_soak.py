@@ -70,7 +70,7 @@ class Report:
 
     @property
     def most_late_kib(self) -> int:
-        """How much memory may grow in the second half: 1 KiB a run, and two steps of an allocator."""
+        """How much memory may grow in the second half: 1 KiB a run, two steps of an allocator."""
         return 2048 + self.runs // 2
 
     @property
