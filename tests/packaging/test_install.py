@@ -215,7 +215,7 @@ def test_every_module_can_be_imported(installed, tree):
         for path in sources.rglob("*.py")
     }
     assert set(names.split()) == wanted - {"rdma_mig"} | {
-        f"rdma_mig.{layer}" for layer in ("_dirty", "_mapped", "_pages", "_stream")
+        f"rdma_mig.{layer}" for layer in ("_dirty", "_hooks", "_mapped", "_pages", "_stream")
     }
     assert loaded == "", "importing a module has loaded pyverbs or the RDMA libraries"
 
