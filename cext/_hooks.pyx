@@ -5,18 +5,26 @@ from libc.stdint cimport uint64_t
 
 
 cdef class PageTaker:
-    """What takes pages one by one, for a phase that has begun.
+    """What takes pages one by one, for a phase that has begun; the base of a transport's own.
 
     A file has one in ``page_taker`` while its transport takes pages by this, which a Cython engine
-    can call without any Python (rdma_mig/_hooks.pxd).
+    can call without any Python (rdma_mig/_hooks.pxd). A transport derives a class that has take().
     """
+
+    def __cinit__(self):
+        if type(self) is PageTaker:
+            raise TypeError("a PageTaker takes no pages by itself: derive a class that has take()")
 
     cdef int take(self, uint64_t block_offset, uint64_t offset, uint64_t size) except -1:
         """Take one page of the block that begins at ``block_offset`` of the RAM address space.
 
         ValueError when there is no such page, or no phase.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no take()")
+
+    def offer(self, uint64_t block_offset, uint64_t offset, uint64_t size) -> None:
+        """take(), for Python."""
+        self.take(block_offset, offset, size)
 
 
 def ram_control_save_page(f, block_offset, offset, size, bytes_sent=None):

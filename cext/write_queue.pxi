@@ -110,13 +110,14 @@ cdef class WriteQueue(PageTaker):
     def set_targets(self, targets, *, offsets=None, bint dynamic=False, fresh=()) -> None:
         """Say where each block lies: a list of (local, lkey, remote, rkey, length), by index.
 
-        ``offsets`` are those of the blocks in the RAM address space, for take(). With
-        ``dynamic`` the keys given are not used: each chunk gets its own, when it is first written.
-        ``fresh`` are the indexes of blocks that are all zero at the destination: zeros need not be
-        written to a chunk of theirs, as long as nothing else was.
+        ``offsets`` are those of the blocks in the RAM address space, for take(); without them one
+        block begins there where the one before ends. With ``dynamic`` the keys given are not used:
+        each chunk gets its own, when it is first written. ``fresh`` are the indexes of blocks that
+        are all zero at the destination: zeros need not be written to a chunk of theirs, as long as
+        nothing else was.
         """
         cdef Target *target
-        cdef uint64_t chunks
+        cdef uint64_t chunks, offset = 0
         if self.targets != NULL:
             raise ValueError("the targets are known already")
         self.targets = <Target *> calloc(max(len(targets), 1), sizeof(Target))
@@ -126,7 +127,8 @@ cdef class WriteQueue(PageTaker):
         for local, lkey, remote, rkey, length in targets:
             target = &self.targets[self.count]
             target.local = local
-            target.offset = ~<uint64_t> 0 if offsets is None else offsets[self.count]
+            target.offset = offset if offsets is None else offsets[self.count]
+            offset += length
             target.remote = remote
             target.length = length
             chunks = (target.length + self.chunk_size - 1) // self.chunk_size
@@ -186,11 +188,15 @@ cdef class WriteQueue(PageTaker):
         """Bytes of the run that is not written yet."""
         return self.pending_end - self.pending_start if self.pending_block >= 0 else 0
 
-    cdef int require(self, int block, uint64_t offset, uint64_t size) except -1:
+    cdef int require_phase(self) except -1:
         if not self.opened:
             raise ValueError("a page outside before_iterate and after_iterate")
         if self.thread != PyThread_get_thread_ident():
             raise ValueError("a page from another thread than the one that began the phase")
+        return 0
+
+    cdef int require(self, int block, uint64_t offset, uint64_t size) except -1:
+        self.require_phase()
         if not 0 <= block < self.count:
             raise ValueError(f"there is no block {block}")
         if (size == 0 or offset > self.targets[block].length
@@ -370,6 +376,7 @@ cdef class WriteQueue(PageTaker):
                 and self.opened and self.thread == PyThread_get_thread_ident()):
             self.pending_end = offset + size
             return 0
+        self.require_phase()
         for block in range(self.count):
             if self.targets[block].offset == block_offset:
                 self.save_page(block, offset, size)

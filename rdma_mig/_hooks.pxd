@@ -2,8 +2,12 @@
 # For engines written in Cython:
 #
 #     from rdma_mig._hooks cimport PageTaker
-#     cdef PageTaker taker = file.page_taker      # of the QEMUFile; None: ram_control_save_page()
+#     cdef PageTaker taker = file.page_taker      # of the QEMUFile
+#     if taker is None:
+#         ...                                     # as ram_control_save_page() says
 #     taker.take(block_offset, offset, size)
+#
+# A call on None is not caught: Cython does not look.
 
 from libc.stdint cimport uint64_t
 

@@ -81,7 +81,7 @@ def nobody_came(awaited: str, where: str, deadline: Deadline) -> MigrationTimeou
     """
     return MigrationTimeout(
         f"{awaited} did not connect to {where} within {deadline.seconds:g} s",
-        remedy="start the migration there, or wait longer: --accept-timeout",
+        remedy="see that the other end was started; `incoming` waits longer with --accept-timeout",
     )
 
 

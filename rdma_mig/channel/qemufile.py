@@ -171,4 +171,5 @@ class QEMUFile:
 
     def close(self) -> None:
         """Close the channel. What was not flushed is lost."""
+        self.page_taker = None
         self.channel.close()

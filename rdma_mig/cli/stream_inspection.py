@@ -51,7 +51,7 @@ def report_of_stream(path: Path) -> dict[str, Any]:
         return _report(path, pages)
     except ProtocolError as error:
         # What the parser advises is for a peer that can be asked; a file is what it is.
-        raise type(error)(
+        raise RemoteProtocolError(
             f"{path} is no whole migration stream: {error.message}",
             remedy="name a snapshot directory, or a file that QEMU or rdma-migrate has written",
         ) from error

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     show.add_argument("file", metavar="FILE", help="trace file")
     show.add_argument(
         "-f", "--follow", action="store_true",
-        help="go on with what is being written, until the migration has ended",
+        help="go on with what is being written, until the migration has ended, or Ctrl-C",
     )  # fmt: skip
     show.set_defaults(run=_show)
     check = verbs.add_parser(

@@ -114,8 +114,13 @@ def read_trace(
             while True:
                 at = lines.tell() if lines.seekable() else 0
                 line = lines.readline(_LINE_MAX + 1)
-                # While it is written there may be a record by now behind zeros that were read.
-                due = not line or (line[0] == 0 and (more is not None or _ends_here(lines)))
+                if more is None:
+                    due = not line or (line[0] == 0 and _ends_here(lines))
+                else:
+                    # While it is written there may be a record by now where zeros were read, or
+                    # the rest of one.
+                    whole = line.endswith(b"\n") or len(line) > _LINE_MAX
+                    due = not whole or line[0] == 0
                 if due and more is not None and lines.seekable():
                     if more():
                         lines.seek(0, os.SEEK_END)  # what was read ahead is out of date

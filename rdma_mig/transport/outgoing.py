@@ -3,31 +3,24 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import threading
-import time
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from rdma_mig import _pages
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.errors import (
     LocalProtocolError,
     MigrationTimeout,
     PeerGone,
-    RemoteProtocolError,
 )
 from rdma_mig.memory.bitmap import DirtyBitmap
-from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
-from rdma_mig.memory.ram import GuestBlock, GuestRam
+from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel
+from rdma_mig.transport.ram_writer import RamWriter
 from rdma_mig.transport.return_path import ReturnPathReader
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
-from rdma_mig.verbs.loading import load
 from rdma_mig.verbs.route import Route, route_of
 from rdma_mig.waits import Cancel, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
@@ -35,11 +28,6 @@ from rdma_mig.wire.control import (
     ControlMessage,
     ControlType,
     FinalAck,
-    RamBlockRecord,
-    RegisterRecord,
-    ZeroRun,
-    decode_ram_blocks,
-    decode_register_results,
 )
 from rdma_mig.wire.handshake import (
     FEATURE_FINAL_ACK,
@@ -51,21 +39,10 @@ from rdma_mig.wire.handshake import (
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.stream import encode_hook
 
-if TYPE_CHECKING:
-    from rdma_mig import _verbs
-    from rdma_mig.tracing import Observer
-
 __all__ = ["RETURN_PATH_PING", "STREAM_MESSAGE", "RdmaOutgoing"]
 
 _SETUP = 0  # RAM_CONTROL_SETUP, migration.h's only flag with a meaning here
 
-# One write of all RAM would be quickest, but a wait could not be cancelled within it.
-_MAX_WRITE = 16 << 20
-# Smaller blocks are firmware and devices', which a QEMU fills before anything arrives.
-_ASSUMED_ZERO = 64 << 20
-# Chunks that are registered at once at most, where all of them hold data: a request takes a round
-# trip, and the source waits for it.
-_KEY_CHUNKS = 64
 # Bytes of the stream in one message: what QEMU itself sends at most.
 STREAM_MESSAGE = 32768
 
@@ -74,11 +51,6 @@ _RETURN_PATH_SECONDS = 5.0
 
 # A QEMU destination ends the connection itself, some 50 ms after the last byte.
 _DISCONNECT_SECONDS = 5.0
-
-
-def _name(guest: GuestBlock) -> str:
-    """What messages and the trace call a block's memory."""
-    return f"RAM block {guest.block.idstr}"
 
 
 class RdmaOutgoing:
@@ -122,20 +94,14 @@ class RdmaOutgoing:
         stream_message: int = STREAM_MESSAGE,
     ) -> None:
         self.stream_message = stream_message
-        self._verbs = load()
-        self._ram = ram
         self._cancel = cancel
         self._limits = limits
         self.setup_seconds = 0.0
-        self._zero_bytes = 0
-        self._hears_fresh = False
-        self._assume_zero = assume_zero
         self._thread = threading.get_ident()
         self._file: QEMUFile | None = None  # where runs are accounted: the phase's
         self._in_setup = False
         self._exchanged = False
         self._phases = 0
-        self._records: list[RamBlockRecord] = []
         features = FEATURE_FINAL_ACK | FEATURE_FRESH_BLOCKS
         extension = Extension(features, secrets.randbits(64))
         asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
@@ -152,19 +118,19 @@ class RdmaOutgoing:
             self.pin_all = pin_all and granted.pin_all
             features = granted.extension.features if granted.extension else 0
             self.final_ack = bool(features & FEATURE_FINAL_ACK)
-            self._hears_fresh = bool(features & FEATURE_FRESH_BLOCKS)
             self.control = ControlChannel(self._endpoint, limits)
-            self._queue = self._verbs.WriteQueue(
-                self._endpoint.queue,
-                chunk_size=CHUNK_SIZE,
-                max_write=min(_MAX_WRITE, self._endpoint.max_message),
-                interrupted=self._interrupted,
-                issued=self._issued,
-            )
-            self._queue.deadline_ns = limits.total.ns
             self._trace = self._endpoint.trace
-            if self._trace is not None:
-                self._queue.note_spans()
+            self._writer = RamWriter(
+                self._endpoint,
+                self.control,
+                ram,
+                cancel,
+                limits,
+                pin_all=self.pin_all,
+                hears_fresh=bool(features & FEATURE_FRESH_BLOCKS),
+                assume_zero=assume_zero,
+                account=self._account,
+            )
         except BaseException:
             self.close()
             raise
@@ -230,43 +196,17 @@ class RdmaOutgoing:
     @property
     def bytes_written(self) -> int:
         """Bytes posted as RDMA writes so far."""
-        return int(self._queue.bytes)
+        return int(self._writer.queue.bytes)
 
     @property
     def zero_bytes(self) -> int:
         """Bytes of zeros that were not written: announced, or the destination has them."""
-        return self._zero_bytes + int(self._queue.zero_bytes)
+        return self._writer.zero_bytes
 
     @property
     def writes(self) -> int:
         """RDMA writes posted so far."""
-        return int(self._queue.writes)
-
-    def _interrupted(self, outcome: int) -> None:
-        if outcome == self._verbs.NEED_KEY:
-            self._ask_for_key(*self._queue.wanted)
-            return
-        self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
-
-    def _issued(self, size: int, zeros: int) -> None:
-        if self._file is not None and size:
-            self._file.account(size, zero=False)
-        if self._file is not None and zeros:
-            self._file.account(zeros, zero=True)
-        if self._trace is not None:
-            self._note_writes(self._trace)
-
-    def _note_writes(self, trace: Observer) -> None:
-        for index, first, last, writes, size, whole in self._queue.take_spans():
-            trace.record(
-                "write",
-                block=_name(self._ram[index]),
-                chunk=first,
-                last=last,
-                whole=whole,
-                writes=writes,
-                bytes=size,
-            )
+        return int(self._writer.queue.writes)
 
     def _note_phase(self, state: str) -> None:
         if self._trace is not None:
@@ -281,7 +221,7 @@ class RdmaOutgoing:
     def write(self, data: bytes) -> None:
         """Send stream bytes; a pending run of pages goes before them."""
         self._own_thread()
-        self._queue.flush()
+        self._writer.queue.flush()
         for at in range(0, len(data), self.stream_message):
             piece = data[at : at + self.stream_message]
             self.control.send(ControlMessage(ControlType.QEMU_FILE, piece, repeat=0))
@@ -299,7 +239,7 @@ class RdmaOutgoing:
             raise LocalProtocolError("a RAM phase before the one of setup")
         if flags == _SETUP and (self._exchanged or self._in_setup):
             raise LocalProtocolError("a second setup phase")
-        if self._queue.is_open:
+        if self._writer.queue.is_open:
             raise LocalProtocolError("a RAM phase within a RAM phase")
         self._file = file
         file.put(encode_hook())
@@ -308,8 +248,8 @@ class RdmaOutgoing:
         if flags == _SETUP:
             self._in_setup = True
         else:
-            self._queue.open()
-            file.page_taker = self._queue
+            self._writer.queue.open()
+            file.page_taker = self._writer.queue
 
     def after_iterate(self, file: QEMUFile, flags: int) -> None:
         """Write what is pending, wait until all writes have completed, end the phase."""
@@ -318,38 +258,19 @@ class RdmaOutgoing:
         if flags == _SETUP:
             if not self._in_setup:
                 raise LocalProtocolError("the end of a setup phase that did not begin")
-            self._exchange_blocks()
+            self.setup_seconds = self._writer.exchange_blocks()
+            self._exchanged = True
             self._in_setup = False
         else:
-            if not self._queue.is_open:
+            if not self._writer.queue.is_open:
                 raise LocalProtocolError("the end of a RAM phase that did not begin")
-            self._queue.flush()
-            self._wait_writes()
+            self._writer.queue.flush()
+            self._writer.wait_writes()
             file.page_taker = None
-            self._queue.close()
+            self._writer.queue.close()
         self.control.send(ControlMessage(ControlType.REGISTER_FINISHED))
         self._note_phase("end")
         self._phases += 1
-
-    def _wait_writes(self) -> None:
-        """Wait until every write has completed; as long as some do, that is no stall."""
-        work = self._endpoint.queue
-        began = time.monotonic() if self._trace is not None else 0.0
-        while True:
-            before = work.completions
-            try:
-                self._endpoint.wait(
-                    self._verbs.WAIT_WRITES,
-                    "the completion of all writes",
-                    self._limits.next_wait(),
-                )
-            except MigrationTimeout:
-                if work.completions > before and not self._limits.total.passed:
-                    continue
-                raise
-            if self._trace is not None:
-                self._trace.waited("the completion of all writes", began, time.monotonic())
-            return
 
     def load_hook(self, file: QEMUFile, flags: int, data: object) -> None:
         """Only a destination loads."""
@@ -357,166 +278,16 @@ class RdmaOutgoing:
 
     def save_page(self, block_offset: int, offset: int, size: int) -> None:
         """Extend the pending run by a page, or write it and begin a new one."""
-        self._queue.save_page(self._ram.at_offset(block_offset).index, offset, size)
+        self._writer.queue.offer(block_offset, offset, size)
 
     def save_pages(self, block_offset: int, dirty: DirtyBitmap | None) -> int:
         """Write all dirty pages of a block, or the whole block, in as few writes as can be."""
         self._own_thread()
-        guest = self._ram.at_offset(block_offset)
-        if dirty is None:
-            return self._save_whole(guest)
-        return sum(
-            self._save_runs(guest, runs)
-            for runs in dirty.runs(_MAX_WRITE, length=guest.block.length, boundary=0)
-        )
+        return self._writer.save_pages(block_offset, dirty)
 
-    def _save_whole(self, guest: GuestBlock) -> int:
-        """Write all of a block; of one that is zero at the destination, what has pages here."""
-        length = guest.block.length
-        extents = array("Q", [0, length])
-        if self._records[guest.index].fresh:
-            extents = array("Q")
-            for start, end in guest.memory.data_extents(length, CHUNK_SIZE):
-                extents.extend((start, end - start))
-        sent = self._save_runs(guest, memoryview(extents)) if extents else 0
-        if sent < length:
-            self._zero_bytes += length - sent
-            self._issued(0, length - sent)
-        return length
-
-    def _save_runs(self, guest: GuestBlock, runs: memoryview) -> int:
-        rows = runs.cast("B").cast("Q", [len(runs) // 2, 2])
-        return int(self._queue.save_runs(guest.index, rows))
-
-    def _ask_for_key(self, index: int, start: int, length: int) -> None:
-        """Deal with a run in chunks that have no keys yet (docs/protocol.md, RAM phases).
-
-        What is wholly zero needs none: the destination clears it by itself. Otherwise chunks are
-        registered at both ends, as far as they hold data, and no others.
-        """
-        guest, record = self._ram[index], self._records[index]
-        address = record.offset + start
-        if zeros := self._zeros(guest, start, length):
-            message = ZeroRun(0, index, address, zeros).encode()
-            self.control.send(ControlMessage(ControlType.COMPRESS, message))
-            self._zero_bytes += zeros
-            self._issued(0, zeros)
-            self._queue.skip(zeros)
-            return
-        chunk = chunk_of(start)
-        last = chunk
-        most = min(chunk_of(start + length - 1), chunk + _KEY_CHUNKS - 1)
-        while last < most:
-            at, size = chunk_range(last + 1, start + length)
-            if self._zeros(guest, at, size):
-                break
-            last += 1
-        first, _ = chunk_range(chunk, guest.block.length)
-        at, size = chunk_range(last, guest.block.length)
-        size += at - first
-        region: list[_verbs.MemoryRegion] = []
-
-        def register() -> None:
-            region.append(
-                self._endpoint.register(
-                    guest.memory.address + first,
-                    size,
-                    what=_name(guest),
-                    remote_write=False,
-                    holder=guest.memory.hold("its memory region"),
-                    chunk=chunk,
-                )
-            )
-
-        reply = self.control.request(
-            ControlMessage(
-                ControlType.REGISTER_REQUEST,
-                RegisterRecord(address, index, last - chunk).encode(),
-            ),
-            ControlType.REGISTER_RESULT,
-            meanwhile=register,
-        )
-        result = decode_register_results(reply.payload)[0]
-        if result.host_address != record.host_address:
-            raise RemoteProtocolError(
-                f"{self.peer} says that RAM block {index} lies at {result.host_address:#x} and "
-                f"said {record.host_address:#x} before"
-            )
-        for each in range(chunk, last + 1):
-            self._queue.set_chunk_keys(index, each, region[0].lkey, result.rkey)
-
-    @staticmethod
-    def _zeros(guest: GuestBlock, start: int, length: int) -> int:
-        """Return how many bytes from ``start`` on are zero: all, or up to the border of a chunk.
-
-        Memory without pages is zero, and not read: that would allocate them.
-        """
-        at, end = start, start + length
-        with guest.memory.view() as view:
-            while at < end:
-                found = guest.memory.next_data(at)
-                if found is None or found >= end:
-                    return length
-                border = chunk_of(found) * CHUNK_SIZE
-                at, stop = max(at, border), min(border + CHUNK_SIZE, end)
-                with view[found:stop] as part:
-                    if not _pages.is_zero(part):
-                        break
-                at = stop
-        return at - start
-
-    # ---- setup ----
-
-    def _exchange_blocks(self) -> None:
-        began = time.monotonic()
-        regions: list[tuple[int, int]] = [(guest.memory.address, 0) for guest in self._ram]
-
-        def register() -> None:
-            if not self.pin_all:
-                return
-            populating = time.monotonic()
-            self._ram.populate(lambda: self._cancel.requested)
-            if self._trace is not None:
-                seconds = round(time.monotonic() - populating, 6)
-                self._trace.record("populate", bytes=self._ram.total, seconds=seconds)
-            for guest in self._ram:
-                region = self._endpoint.register(
-                    guest.memory.address,
-                    guest.block.length,
-                    what=_name(guest),
-                    remote_write=False,
-                    holder=guest.memory.hold("its memory region"),
-                )
-                regions[guest.index] = (region.address, region.lkey)
-
-        # Both ends pin at the same time: the destination while we wait for its answer.
-        reply = self.control.request(
-            ControlMessage(ControlType.RAM_BLOCKS_REQUEST),
-            ControlType.RAM_BLOCKS_RESULT,
-            meanwhile=register,
-        )
-        records = decode_ram_blocks(reply.payload, self._ram.lengths)
-        if not self._hears_fresh:
-            # What a QEMU sends there is padding.
-            least = _ASSUMED_ZERO if self._assume_zero else math.inf
-            records = [replace(record, fresh=record.length >= least) for record in records]
-        for index, record in enumerate(records):
-            if self.pin_all and record.rkey == 0:
-                raise RemoteProtocolError(
-                    f"{self.peer} granted pin-all and sent no key for RAM block {index}"
-                )
-        self._queue.set_targets(
-            [
-                (address, lkey, record.host_address, record.rkey, record.length)
-                for (address, lkey), record in zip(regions, records, strict=True)
-            ],
-            offsets=[guest.offset for guest in self._ram],
-            dynamic=not self.pin_all,
-            fresh=[index for index, record in enumerate(records) if record.fresh],
-        )
-        self._records = records
-        self._exchanged = True
-        self.setup_seconds = time.monotonic() - began
+    def _account(self, size: int, zero: bool) -> None:
+        if self._file is not None:
+            self._file.account(size, zero=zero)
 
     # ---- the end ----
 

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's RAM in RDMA writes: keys, zeros, what is issued and when all of it is through."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rdma_mig import _pages
+from rdma_mig.errors import MigrationTimeout, RemoteProtocolError
+from rdma_mig.memory.bitmap import DirtyBitmap
+from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_of, chunk_range
+from rdma_mig.memory.ram import GuestBlock, GuestRam
+from rdma_mig.transport.control import ControlChannel
+from rdma_mig.verbs.endpoint import Endpoint
+from rdma_mig.verbs.loading import load
+from rdma_mig.waits import Cancel, TransportLimits
+from rdma_mig.wire.control import (
+    ControlMessage,
+    ControlType,
+    RamBlockRecord,
+    RegisterRecord,
+    ZeroRun,
+    decode_ram_blocks,
+    decode_register_results,
+)
+
+if TYPE_CHECKING:
+    from rdma_mig import _verbs
+    from rdma_mig.tracing import Observer
+
+__all__ = ["RamWriter"]
+
+# One write of all RAM would be quickest, but a wait could not be cancelled within it.
+_MAX_WRITE = 16 << 20
+# Smaller blocks are firmware and devices', which a QEMU fills before anything arrives.
+_ASSUMED_ZERO = 64 << 20
+# Chunks that are registered at once at most, where all of them hold data: a request takes a round
+# trip, and the source waits for it.
+_KEY_CHUNKS = 64
+
+
+def _name(guest: GuestBlock) -> str:
+    """What messages and the trace call a block's memory."""
+    return f"RAM block {guest.block.idstr}"
+
+
+class RamWriter:
+    """Writes guest RAM to the destination's; used from one thread, the connection's.
+
+    Args:
+        endpoint: the connection; what is registered on it is given back with it.
+        control: its control channel, for keys and announcements.
+        ram: the guest's RAM; it must outlive this object.
+        cancel: ends every wait.
+        limits: on the waits.
+        pin_all: all RAM is registered at both ends in exchange_blocks(); else chunk by chunk.
+        hears_fresh: the destination says which of its blocks are zero from the start.
+        assume_zero: where it does not, large ones count as such.
+        account: called with bytes and whether they are zero, for each run that is issued.
+
+    Attributes:
+        queue: takes pages while it is open: its page_taker.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        control: ControlChannel,
+        ram: GuestRam,
+        cancel: Cancel,
+        limits: TransportLimits,
+        *,
+        pin_all: bool,
+        hears_fresh: bool,
+        assume_zero: bool,
+        account: Callable[[int, bool], None],
+    ) -> None:
+        self._verbs = load()
+        self._endpoint = endpoint
+        self._control = control
+        self._ram = ram
+        self._cancel = cancel
+        self._limits = limits
+        self._pin_all = pin_all
+        self._hears_fresh = hears_fresh
+        self._assume_zero = assume_zero
+        self._account = account
+        self._trace = endpoint.trace
+        self._zero_bytes = 0
+        self._records: list[RamBlockRecord] = []
+        self.queue = self._verbs.WriteQueue(
+            endpoint.queue,
+            chunk_size=CHUNK_SIZE,
+            max_write=min(_MAX_WRITE, endpoint.max_message),
+            interrupted=self._interrupted,
+            issued=self._issued,
+        )
+        self.queue.deadline_ns = limits.total.ns
+        if self._trace is not None:
+            self.queue.note_spans()
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes of zeros that were not written: announced, or the destination has them."""
+        return self._zero_bytes + int(self.queue.zero_bytes)
+
+    def _interrupted(self, outcome: int) -> None:
+        if outcome == self._verbs.NEED_KEY:
+            self._ask_for_key(*self.queue.wanted)
+            return
+        self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
+
+    def _issued(self, size: int, zeros: int) -> None:
+        if size:
+            self._account(size, False)
+        if zeros:
+            self._account(zeros, True)
+        if self._trace is not None:
+            self._note_writes(self._trace)
+
+    def _note_writes(self, trace: Observer) -> None:
+        for index, first, last, writes, size, whole in self.queue.take_spans():
+            trace.record(
+                "write",
+                block=_name(self._ram[index]),
+                chunk=first,
+                last=last,
+                whole=whole,
+                writes=writes,
+                bytes=size,
+            )
+
+    # ---- pages ----
+
+    def save_pages(self, block_offset: int, dirty: DirtyBitmap | None) -> int:
+        """Write all dirty pages of a block, or the whole block, in as few writes as can be."""
+        guest = self._ram.at_offset(block_offset)
+        if dirty is None:
+            return self._save_whole(guest)
+        return sum(
+            self._save_runs(guest, runs)
+            for runs in dirty.runs(_MAX_WRITE, length=guest.block.length, boundary=0)
+        )
+
+    def _save_whole(self, guest: GuestBlock) -> int:
+        """Write all of a block; of one that is zero at the destination, what has pages here."""
+        length = guest.block.length
+        extents = array("Q", [0, length])
+        if self._records[guest.index].fresh:
+            extents = array("Q")
+            for start, end in guest.memory.data_extents(length, CHUNK_SIZE):
+                extents.extend((start, end - start))
+        sent = self._save_runs(guest, memoryview(extents)) if extents else 0
+        if sent < length:
+            self._zero_bytes += length - sent
+            self._issued(0, length - sent)
+        return length
+
+    def _save_runs(self, guest: GuestBlock, runs: memoryview) -> int:
+        rows = runs.cast("B").cast("Q", [len(runs) // 2, 2])
+        return int(self.queue.save_runs(guest.index, rows))
+
+    def _ask_for_key(self, index: int, start: int, length: int) -> None:
+        """Deal with a run in chunks that have no keys yet (docs/protocol.md, RAM phases).
+
+        What is wholly zero needs none: the destination clears it by itself. Otherwise chunks are
+        registered at both ends, as far as they hold data, and no others.
+        """
+        guest, record = self._ram[index], self._records[index]
+        address = record.offset + start
+        if zeros := self._zeros(guest, start, length):
+            message = ZeroRun(0, index, address, zeros).encode()
+            self._control.send(ControlMessage(ControlType.COMPRESS, message))
+            self._zero_bytes += zeros
+            self._issued(0, zeros)
+            self.queue.skip(zeros)
+            return
+        chunk = chunk_of(start)
+        last = chunk
+        most = min(chunk_of(start + length - 1), chunk + _KEY_CHUNKS - 1)
+        while last < most:
+            at, size = chunk_range(last + 1, start + length)
+            if self._zeros(guest, at, size):
+                break
+            last += 1
+        first, _ = chunk_range(chunk, guest.block.length)
+        at, size = chunk_range(last, guest.block.length)
+        size += at - first
+        region: list[_verbs.MemoryRegion] = []
+
+        def register() -> None:
+            region.append(
+                self._endpoint.register(
+                    guest.memory.address + first,
+                    size,
+                    what=_name(guest),
+                    remote_write=False,
+                    holder=guest.memory.hold("its memory region"),
+                    chunk=chunk,
+                )
+            )
+
+        reply = self._control.request(
+            ControlMessage(
+                ControlType.REGISTER_REQUEST,
+                RegisterRecord(address, index, last - chunk).encode(),
+            ),
+            ControlType.REGISTER_RESULT,
+            meanwhile=register,
+        )
+        result = decode_register_results(reply.payload)[0]
+        if result.host_address != record.host_address:
+            raise RemoteProtocolError(
+                f"{self._endpoint.peer} says that RAM block {index} lies at "
+                f"{result.host_address:#x} and said {record.host_address:#x} before"
+            )
+        for each in range(chunk, last + 1):
+            self.queue.set_chunk_keys(index, each, region[0].lkey, result.rkey)
+
+    @staticmethod
+    def _zeros(guest: GuestBlock, start: int, length: int) -> int:
+        """Return how many bytes from ``start`` on are zero: all, or up to the border of a chunk.
+
+        Memory without pages is zero, and not read: that would allocate them.
+        """
+        at, end = start, start + length
+        with guest.memory.view() as view:
+            while at < end:
+                found = guest.memory.next_data(at)
+                if found is None or found >= end:
+                    return length
+                border = chunk_of(found) * CHUNK_SIZE
+                at, stop = max(at, border), min(border + CHUNK_SIZE, end)
+                with view[found:stop] as part:
+                    if not _pages.is_zero(part):
+                        break
+                at = stop
+        return at - start
+
+    # ---- setup, and the end of a phase ----
+
+    def exchange_blocks(self) -> float:
+        """Learn where the destination's blocks are; pin all RAM at both ends if that is agreed on.
+
+        Returns:
+            Seconds that this took.
+
+        Raises:
+            RemoteProtocolError: it has other blocks, or no key where it granted one.
+            HostError: RAM cannot be allocated or registered.
+        """
+        began = time.monotonic()
+        regions: list[tuple[int, int]] = [(guest.memory.address, 0) for guest in self._ram]
+
+        def register() -> None:
+            if not self._pin_all:
+                return
+            populating = time.monotonic()
+            self._ram.populate(lambda: self._cancel.requested)
+            if self._trace is not None:
+                seconds = round(time.monotonic() - populating, 6)
+                self._trace.record("populate", bytes=self._ram.total, seconds=seconds)
+            for guest in self._ram:
+                region = self._endpoint.register(
+                    guest.memory.address,
+                    guest.block.length,
+                    what=_name(guest),
+                    remote_write=False,
+                    holder=guest.memory.hold("its memory region"),
+                )
+                regions[guest.index] = (region.address, region.lkey)
+
+        # Both ends pin at the same time: the destination while we wait for its answer.
+        reply = self._control.request(
+            ControlMessage(ControlType.RAM_BLOCKS_REQUEST),
+            ControlType.RAM_BLOCKS_RESULT,
+            meanwhile=register,
+        )
+        records = decode_ram_blocks(reply.payload, self._ram.lengths)
+        if not self._hears_fresh:
+            # What a QEMU sends there is padding.
+            least = _ASSUMED_ZERO if self._assume_zero else math.inf
+            records = [replace(record, fresh=record.length >= least) for record in records]
+        for index, record in enumerate(records):
+            if self._pin_all and record.rkey == 0:
+                raise RemoteProtocolError(
+                    f"{self._endpoint.peer} granted pin-all and sent no key for RAM block {index}"
+                )
+        self.queue.set_targets(
+            [
+                (address, lkey, record.host_address, record.rkey, record.length)
+                for (address, lkey), record in zip(regions, records, strict=True)
+            ],
+            offsets=[guest.offset for guest in self._ram],
+            dynamic=not self._pin_all,
+            fresh=[index for index, record in enumerate(records) if record.fresh],
+        )
+        self._records = records
+        return time.monotonic() - began
+
+    def wait_writes(self) -> None:
+        """Wait until every write has completed; as long as some do, that is no stall."""
+        work = self._endpoint.queue
+        began = time.monotonic() if self._trace is not None else 0.0
+        while True:
+            before = work.completions
+            try:
+                self._endpoint.wait(
+                    self._verbs.WAIT_WRITES,
+                    "the completion of all writes",
+                    self._limits.next_wait(),
+                )
+            except MigrationTimeout:
+                if work.completions > before and not self._limits.total.passed:
+                    continue
+                raise
+            if self._trace is not None:
+                self._trace.waited("the completion of all writes", began, time.monotonic())
+            return
