@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["printable", "size_of"]
+__all__ = ["place", "printable", "size_of"]
 
 
 def size_of(count: float) -> str:
@@ -13,6 +13,11 @@ def size_of(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def place(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def printable(text: object) -> str:

@@ -25,6 +25,7 @@ from rdma_mig.errors import (
 )
 from rdma_mig.waits import Cancel, Deadline, TransportLimits
 from rdma_mig.wire.uri import FdAddress
+from rdma_mig.words import place
 
 __all__ = ["READ_SIZE", "DescriptorLink", "Link", "SocketLink", "inherited_link", "wait_for"]
 
@@ -221,8 +222,7 @@ class SocketLink(DescriptorLink):
         self._socket = connection
         self.kind = kind
         if connection.family in (socket.AF_INET, socket.AF_INET6):
-            host, port = connection.getsockname()[:2]
-            self.local = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self.local = place(*connection.getsockname()[:2])
             # A host that is gone is noticed after some 15 s, if nothing is on its way to it.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3)

@@ -17,6 +17,7 @@ from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, PeerGon
 from rdma_mig.resolver import resolve
 from rdma_mig.waits import Cancel, Deadline, TransportLimits, nobody_came
 from rdma_mig.wire.uri import TcpAddress, UnixAddress
+from rdma_mig.words import place
 
 __all__ = ["CONNECT_SECONDS", "SocketListener", "connect"]
 
@@ -194,10 +195,7 @@ def _connect_one(
 
 
 def _name(where: object) -> str:
-    if not isinstance(where, tuple):
-        return ""
-    host, port = where[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return place(*where[:2]) if isinstance(where, tuple) else ""
 
 
 def _remove_dead(path: str) -> None:

@@ -14,7 +14,7 @@ import fcntl
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +26,8 @@ __all__ = ["GuestMemory", "MemoryHold"]
 
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; vm.memfd_noexec=2 refuses every memfd without it
 _MIB = 1 << 20
+# Populated at a time, between two looks at whether it shall go on.
+_STEP = 64 * _MIB
 _NAME_LIMIT = 200  # the kernel takes 249 bytes; the name is for /proc/PID/maps only
 
 
@@ -213,9 +215,7 @@ class GuestMemory(Closing):
                 OSError(errno.ENOMEM if written == -errno.ENOSPC else -written, ""),
             )
 
-    def populate(
-        self, should_stop: Callable[[], bool] | None = None, step: int = 64 * _MIB
-    ) -> None:
+    def populate(self, should_stop: Callable[[], bool] | None = None, step: int = _STEP) -> None:
         """Allocate and map every page now, without the GIL, so that registration is quick.
 
         Args:
@@ -238,38 +238,37 @@ class GuestMemory(Closing):
                 f"{_human(left)} left",
                 remedy="free memory or add swap",
             )
-        with self.view() as view:
-            for start in range(0, self.length, step):
-                if should_stop is not None and should_stop():
-                    raise MigrationCancelled(
-                        f"populating the memory of RAM block {self.name!r} was cancelled"
-                    )
-                with view[start : start + step] as part:
-                    self._populate(start, part)
+        self._populate([(0, self.length)], should_stop, step)
 
-    def map_data(
-        self, unit: int, should_stop: Callable[[], bool] | None = None, step: int = 64 * _MIB
-    ) -> None:
+    def map_data(self, unit: int, should_stop: Callable[[], bool] | None = None) -> None:
         """Map what has pages already, so that neither registering nor reading faults page by page.
 
         Args:
             unit: bytes; where one has a page, all of it is allocated.
-            should_stop, step: as for populate().
+            should_stop: as for populate().
 
         Raises: as populate().
         """
         self._mapped()
+        self._populate(self.data_extents(self.length, unit), should_stop, _STEP)
+
+    def _populate(
+        self,
+        extents: Iterable[tuple[int, int]],
+        should_stop: Callable[[], bool] | None,
+        step: int,
+    ) -> None:
         with self.view() as view:
-            for begin, end in self.data_extents(self.length, unit):
+            for begin, end in extents:
                 for start in range(begin, end, step):
                     if should_stop is not None and should_stop():
                         raise MigrationCancelled(
-                            f"mapping the memory of RAM block {self.name!r} was cancelled"
+                            f"populating the memory of RAM block {self.name!r} was cancelled"
                         )
                     with view[start : min(start + step, end)] as part:
-                        self._populate(start, part)
+                        self._populate_part(start, part)
 
-    def _populate(self, start: int, part: memoryview) -> None:
+    def _populate_part(self, start: int, part: memoryview) -> None:
         try:
             for _ in range(100):
                 failed = -_pages.populate_write(part)

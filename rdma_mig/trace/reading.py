@@ -111,33 +111,39 @@ def read_trace(
     number = 0
     try:
         with open(path, "rb") as lines:
-            while True:
-                at = lines.tell() if lines.seekable() else 0
-                line = lines.readline(_LINE_MAX + 1)
-                if more is None:
-                    due = not line or (line[0] == 0 and _ends_here(lines))
-                else:
-                    # While it is written there may be a record by now where zeros were read, or
-                    # the rest of one.
-                    whole = line.endswith(b"\n") or len(line) > _LINE_MAX
-                    due = not whole or line[0] == 0
-                if due and more is not None and lines.seekable():
-                    if more():
-                        lines.seek(0, os.SEEK_END)  # what was read ahead is out of date
-                        lines.seek(at)
-                        continue
-                    return
-                if due:
-                    break
+            follow = more if lines.seekable() else None
+            for line in _followed(lines, follow) if follow else _written(lines):
                 number += 1
                 record = _record(line, number, name)
                 yield Numbered(number, record)
-                if record.kind == "end" and more is not None:
+                if follow and record.kind == "end":
                     return
     except OSError as error:
         raise TraceFileError(f"the trace {name} cannot be read: {error.strerror}") from error
     if number == 0:
         raise TraceFileError(f"the trace {name} is empty")
+
+
+def _written(lines: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file that nobody writes any more, or of a pipe."""
+    while line := lines.readline(_LINE_MAX + 1):
+        if line[0] == 0 and _ends_here(lines):
+            return
+        yield line
+
+
+def _followed(lines: BinaryIO, more: Callable[[], bool]) -> Iterator[bytes]:
+    """The lines of a file that grows; where there is none yet, or not the whole of one, again."""
+    while True:
+        at = lines.tell()
+        line = lines.readline(_LINE_MAX + 1)
+        if line[:1] not in (b"", b"\0") and (line.endswith(b"\n") or len(line) > _LINE_MAX):
+            yield line
+        elif more():
+            lines.seek(0, os.SEEK_END)  # what was read ahead is out of date
+            lines.seek(at)
+        else:
+            return
 
 
 def _ends_here(rest: BinaryIO) -> bool:

@@ -8,6 +8,7 @@ import socket
 import struct
 
 from rdma_mig.resolver import SockAddr, resolve
+from rdma_mig.words import place
 
 __all__ = ["SockAddr", "describe", "host_of", "pack", "resolve", "unpack"]
 
@@ -53,8 +54,7 @@ def describe(raw: bytes) -> str:
     address = unpack(raw)
     if address is None:
         return "an unknown address"
-    family, host, port = address
-    return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return place(*address[1:])
 
 
 def host_of(raw: bytes) -> tuple[int, str] | None:

@@ -24,6 +24,7 @@ from rdma_mig.verbs.events import (
 from rdma_mig.verbs.host import devices, unusable_devices
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline, nobody_came
+from rdma_mig.words import place
 
 __all__ = ["Answer", "Listener"]
 
@@ -133,8 +134,7 @@ class Listener(Closing):
             try:
                 event = self.events.next(doing, "any peer", deadline, self.cancel)
             except MigrationTimeout:
-                host, port = self.address
-                where = f"rdma:[{host}]:{port}" if ":" in host else f"rdma:{host}:{port}"
+                where = f"rdma:{place(*self.address)}"
                 raise nobody_came("a source", where, deadline) from None
             if event.type == DEVICE_REMOVAL:
                 raise HostError(
