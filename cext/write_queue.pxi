@@ -23,6 +23,12 @@ cdef enum:
     WANTED_CHUNKS = 256
 
 
+# Queue pairs that share the writes, and the stretch of a block that belongs to one of them: the
+# next stretch is the next one's. What is written twice goes the same way twice, in order.
+cdef enum:
+    MAX_QUEUES = 16
+    STRIPE = 16 << 20
+
 # Spans that are kept between two calls of take_spans().
 DEF _SPANS = 256
 
@@ -44,6 +50,9 @@ cdef class WriteQueue(PageTaker):
 
     Args:
         work: the WorkQueue to post to.
+        beside: further ones, of queue pairs in the same protection domain, that share the writes.
+            16 MiB of a block in a row are one's, for the whole migration: writes over different
+            queue pairs have no order.
         chunk_size: bytes of a chunk, counted from the block's first byte; a power of two.
         max_write: most bytes of one write made by save_runs().
         interrupted: called with a code other than DONE when posting has to wait and the wait is
@@ -56,6 +65,10 @@ cdef class WriteQueue(PageTaker):
     """
 
     cdef WorkQueue work
+    cdef tuple all_work
+    cdef void *works[MAX_QUEUES]
+    cdef int queues
+    cdef readonly int blocked  # index of the queue that a write waited for last: 0 is `work`
     cdef object interrupted
     cdef object issued
     cdef uint64_t accounted
@@ -88,12 +101,22 @@ cdef class WriteQueue(PageTaker):
         self.pending_block = -1
 
     def __init__(self, WorkQueue work not None, *, uint64_t chunk_size, uint64_t max_write,
-                 interrupted, issued=None):
+                 interrupted, issued=None, beside=()):
         if chunk_size == 0 or chunk_size & (chunk_size - 1):
             raise ValueError("chunk_size must be a power of two")
         if not 0 < max_write <= 1 << 30:
             # One write of exactly 2 GiB was seen to report success and break a queue pair.
             raise ValueError("max_write must be 1 byte to 1 GiB")
+        if len(beside) >= MAX_QUEUES:
+            raise ValueError(f"{len(beside)} queues beside the first, at most {MAX_QUEUES - 1}")
+        if beside and STRIPE % chunk_size:
+            raise ValueError("a chunk must not belong to two queues")
+        cdef WorkQueue each
+        self.queues = 0
+        self.all_work = (work, *beside)
+        for each in self.all_work:
+            self.works[self.queues] = <void *> each
+            self.queues += 1
         self.work = work
         self.chunk_size = chunk_size
         self.max_write = max_write
@@ -291,8 +314,9 @@ cdef class WriteQueue(PageTaker):
         cdef Keys *keys = target.keys
         cdef uint64_t chunk = start // self.chunk_size
         cdef uint64_t end = min(start + length[0], (chunk + 1) * self.chunk_size)
+        cdef uint64_t stripe = start // STRIPE
         cdef ibv_sge sge
-        cdef int result
+        cdef int queue = 0
         if self.skipping:
             length[0] = min(length[0], self.skipping)
             self.skipping = 0
@@ -305,27 +329,19 @@ cdef class WriteQueue(PageTaker):
             keys += chunk
             if keys.rkey == 0:
                 return self.want(block, start, start + length[0])
-        length[0] = self.extent(target, start, start + min(length[0], self.max_write)) - start
+        length[0] = min(length[0], self.max_write)
+        if self.queues > 1:
+            queue = <int> ((<uint64_t> block + stripe) % <uint64_t> self.queues)
+            length[0] = min(length[0], (stripe + 1) * STRIPE - start)
+        length[0] = self.extent(target, start, start + length[0]) - start
         sge.addr = target.local + start
         sge.length = <uint32_t> length[0]
         sge.lkey = keys.lkey
-        while True:
-            if self.work.has_failed:
-                return _FAILED
-            if self.work.writes_outstanding >= self.work.write_limit:
-                result = self.work.wait_nogil(_WAIT_ROOM, self.deadline_ns)
-                if result != _DONE:
-                    return result
-            result = self.work.post(KIND_WRITE, &sge, 1, IBV_WR_RDMA_WRITE,
-                                    target.remote + start, keys.rkey)
-            if result == 0:
-                break
-            if result != ENOMEM or self.work.writes_outstanding == 0:
-                self.work.note_failure(-result, KIND_WRITE, 0)
-                return _FAILED
-            # The device's queue is shorter than it said: take what fits as the limit.
-            self.work.write_limit = self.work.writes_outstanding
-        self.work.writes_outstanding += 1
+        self.blocked = queue
+        cdef int result = self.post(<WorkQueue> self.works[queue], &sge, target.remote + start,
+                                    keys.rkey)
+        if result != _DONE:
+            return result
         self.writes += 1
         self.bytes += length[0]
         if self.noting:
@@ -334,6 +350,27 @@ cdef class WriteQueue(PageTaker):
             memset(&target.untouched[chunk], 0,
                    (start + length[0] - 1) // self.chunk_size - chunk + 1)
         return _DONE
+
+    cdef int post(self, WorkQueue work, ibv_sge *sge, uint64_t remote,
+                  uint32_t rkey) noexcept nogil:
+        """Post one write to a queue, which is waited for when it is full."""
+        cdef int result
+        while True:
+            if work.has_failed:
+                return _FAILED
+            if work.writes_outstanding >= work.write_limit:
+                result = work.wait_nogil(_WAIT_ROOM, self.deadline_ns)
+                if result != _DONE:
+                    return result
+            result = work.post(KIND_WRITE, sge, 1, IBV_WR_RDMA_WRITE, remote, rkey)
+            if result == 0:
+                work.writes_outstanding += 1
+                return _DONE
+            if result != ENOMEM or work.writes_outstanding == 0:
+                work.note_failure(-result, KIND_WRITE, 0)
+                return _FAILED
+            # The device's queue is shorter than it said: take what fits as the limit.
+            work.write_limit = work.writes_outstanding
 
     cdef int flush_nogil(self) noexcept nogil:
         cdef int result

@@ -126,8 +126,10 @@ class WriteQueue(PageTaker):
         max_write: int,
         interrupted: Any,
         issued: Any = None,
+        beside: Sequence[WorkQueue] = (),
     ) -> None: ...
     zero_bytes: int
+    blocked: int
     def set_targets(
         self,
         targets: list[tuple[int, int, int, int, int]],

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rdma_mig.migration.rdma import RdmaOptions
 
-__all__ = ["add_common", "host_port", "index", "network", "rdma_options", "seconds", "size"]
+__all__ = [
+    "add_common",
+    "connections",
+    "host_port",
+    "index",
+    "network",
+    "rdma_options",
+    "seconds",
+    "size",
+]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -65,6 +74,13 @@ def index(text: str) -> int:
     """Parse an index into a table: a number from 0."""
     if not (text.isascii() and text.isdigit() and len(text) <= 5):
         raise argparse.ArgumentTypeError(f"{text[:32]!r} is no index: it is a number from 0")
+    return int(text)
+
+
+def connections(text: str) -> int:
+    """Parse how many connections may share the writes: 1 to 16."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= 16):
+        raise argparse.ArgumentTypeError(f"{text[:32]!r} is no number from 1 to 16")
     return int(text)
 
 
@@ -130,6 +146,7 @@ def rdma_options(args: argparse.Namespace, *, listening: bool) -> RdmaOptions | 
 
     pin_all = getattr(args, "rdma_pin_all", False)
     assume_zero = getattr(args, "assume_zero_destination", False)
+    connections = getattr(args, "connections", 1)
     if isinstance(parse_uri(args.uri, listening=listening), RdmaAddress):
         from rdma_mig.migration.rdma import RdmaOptions
         from rdma_mig.verbs.endpoint import EndpointOptions
@@ -137,11 +154,13 @@ def rdma_options(args: argparse.Namespace, *, listening: bool) -> RdmaOptions | 
         return RdmaOptions(
             pin_all=pin_all,
             assume_zero=assume_zero,
+            connections=connections,
             endpoint=EndpointOptions(device=args.rdma_device, gid_index=args.gid_index),
         )
     given = {
         "--rdma-pin-all": pin_all,
         "--assume-zero-destination": assume_zero,
+        "--connections": connections != 1,
         "--rdma-device": args.rdma_device is not None,
         "--gid-index": args.gid_index is not None,
     }

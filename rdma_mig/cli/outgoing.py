@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rdma_mig.cli.options import add_common, rdma_options
+from rdma_mig.cli.options import add_common, connections, rdma_options
 
 if TYPE_CHECKING:
     from rdma_mig.snapshot import Snapshot
@@ -52,6 +52,14 @@ def add_parser(commands: Any) -> None:
         help="send no zeros for RAM blocks of 64 MiB and more: quicker where most memory is zero, "
         "and wrong, unnoticed, where such a block of the destination is not all zero beforehand "
         "(its RAM in a file that was used before)",
+    )
+    parser.add_argument(
+        "--connections",
+        type=connections,
+        default=1,
+        metavar="N",
+        help="write RAM over this many connections, 1 to 16 (default 1), for hardware that one "
+        "queue pair cannot fill; to an rdma-migrate, since a QEMU takes one",
     )
     parser.add_argument(
         "--return-path",

@@ -138,6 +138,8 @@ class Reporter:
             case Connected() if self._verbose:
                 pinned = "all RAM pinned" if event.pin_all else "RAM pinned as it is used"
                 over = f"{event.device}, {pinned}" if event.device else event.transport
+                if event.connections > 1:
+                    over += f", {event.connections} connections"
                 self._note(f"connected with {event.peer} over {over}")
                 self._note(f"route: {event.route()}")
             case Warned():

@@ -165,6 +165,7 @@ def _connected(link: Link) -> Connected:
         gid=None,
         mtu=None,
         pin_all=False,
+        connections=1,
     )
 
 

@@ -62,6 +62,7 @@ class Connected(MigrationEvent):
         mtu: bytes of RAM that one packet carries at most; None on iWARP, where TCP decides, and
             without RDMA.
         pin_all: both ends pin all RAM at the start.
+        connections: over how many RAM is written; 1 without RDMA.
     """
 
     event: ClassVar[str] = "connected"
@@ -74,11 +75,12 @@ class Connected(MigrationEvent):
     gid: str | None
     mtu: int | None
     pin_all: bool
+    connections: int
 
     @classmethod
-    def over(cls, route: Route, *, pin_all: bool) -> Connected:
+    def over(cls, route: Route, *, pin_all: bool, connections: int) -> Connected:
         """Tell of a connection that runs there."""
-        return cls(pin_all=pin_all, **asdict(route))
+        return cls(pin_all=pin_all, connections=connections, **asdict(route))
 
     def route(self) -> str:
         """Return where the connection runs, in words."""

@@ -31,6 +31,7 @@ from rdma_mig.verbs.route import is_ethernet
 from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
+from rdma_mig.wire.handshake import MAX_CONNECTIONS
 
 __all__ = ["RdmaOptions", "rdma_start_incoming_migration", "rdma_start_outgoing_migration"]
 
@@ -52,11 +53,13 @@ class RdmaOptions:
             for everywhere; incoming only. Others are turned away, and waiting goes on.
         accept_seconds: limit on the wait for a source; None for none.
         endpoint: sizes and limits of the connection.
+        connections: over how many RAM is written, 1 to 16, for hardware that one queue pair cannot
+            fill; outgoing only. Between two rdma-migrate: a QEMU takes one.
         stream_message: bytes of the stream that a source puts into one message at most, 1 to
             524272. Where it is cut has no meaning to a destination.
 
     Raises:
-        LocalProtocolError: a size that no destination takes.
+        LocalProtocolError: a size or number that no destination takes.
     """
 
     pin_all: bool = False
@@ -68,11 +71,16 @@ class RdmaOptions:
     accept_seconds: float | None = None
     endpoint: EndpointOptions = field(default_factory=EndpointOptions)
     stream_message: int = STREAM_MESSAGE
+    connections: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.stream_message <= CONTROL_MAX_PAYLOAD:
             raise LocalProtocolError(
                 f"messages of {self.stream_message} bytes, allowed are 1 to {CONTROL_MAX_PAYLOAD}"
+            )
+        if not 1 <= self.connections <= MAX_CONNECTIONS:
+            raise LocalProtocolError(
+                f"{self.connections} connections, allowed are 1 to {MAX_CONNECTIONS}"
             )
 
 
@@ -164,11 +172,17 @@ def _incoming(
             transport,
             process,
             other="source",
-            tell=[Connected.over(transport.route, pin_all=transport.pin_all)],
+            tell=[_connected(transport)],
             hooks=transport,
         )
     finally:
         listener.close()
+
+
+def _connected(transport: RdmaIncoming | RdmaOutgoing) -> Connected:
+    return Connected.over(
+        transport.route, pin_all=transport.pin_all, connections=transport.connections
+    )
 
 
 def rdma_start_outgoing_migration(
@@ -228,11 +242,19 @@ def _outgoing(
             assume_zero=options.assume_zero,
             return_path=options.return_path,
             stream_message=options.stream_message,
+            connections=options.connections,
         )
     except MigrationError as error:
         complete_failure(error, f"{address.host}:{address.port}", "destination")
         raise
-    tell: list[MigrationEvent] = [Connected.over(transport.route, pin_all=transport.pin_all)]
+    tell: list[MigrationEvent] = [_connected(transport)]
     if options.pin_all and not transport.pin_all:
         tell.append(Warned(f"{transport.peer} refused rdma-pin-all: RAM is pinned as it is used"))
+    if transport.connections < options.connections:
+        tell.append(
+            Warned(
+                f"{transport.peer} takes {transport.connections} of {options.connections} "
+                "connections for RAM"
+            )
+        )
     run_engine(migration, transport, save, other="destination", tell=tell, hooks=transport)

@@ -28,6 +28,11 @@ class Traced:
     records: Sequence[Numbered]
     rules: TraceRules
 
+    @property
+    def channels(self) -> set[str]:
+        """Names of those on which it has sent or got messages."""
+        return {each["channel"] for each in self.records if each.record.kind in ("out", "in")}
+
     def messages(self, kind: str, channel: str) -> list[Numbered]:
         """The control messages that it has sent ("out") or got ("in") on a channel."""
         return [
@@ -76,7 +81,7 @@ def check_pair(one: Traced, other: Traced) -> None:
     if source.rules.pin_all != destination.rules.pin_all:
         raise _at(destination, "connected", "the ends differ about pin-all")
     for sender, receiver in ((source, destination), (destination, source)):
-        for channel in ("control", "return-path"):
+        for channel in sorted({*sender.channels, *receiver.channels}):
             _same_messages(sender, receiver, channel, whole=whole)
     if whole and source.rules.phases != destination.rules.phases:
         raise _at(
@@ -139,7 +144,7 @@ def clock_offset(one: Traced, other: Traced) -> float:
     """
     differences = [
         there.record.t - here.record.t
-        for channel in ("control", "return-path")
+        for channel in sorted(one.channels)
         for kind, mirror in (("out", "in"), ("in", "out"))
         for there, here in zip(
             one.messages(kind, channel), other.messages(mirror, channel), strict=False

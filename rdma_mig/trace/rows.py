@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from rdma_mig.trace.pairs import Traced, clock_offset
 from rdma_mig.trace.reading import Numbered
 from rdma_mig.trace.rules import Side, sender_of
+from rdma_mig.words import printable
 
 __all__ = ["Row", "fold", "merged_rows", "shortened"]
 
@@ -52,7 +53,8 @@ def _row(record: Numbered, role: str, offset: float) -> Row | None:
     t = record.record.t + offset
     match kind:
         case "out" | "in":
-            where = "" if record["channel"] == "control" else " (return path)"
+            channel = record["channel"].replace("return-path", "return path")
+            where = "" if channel == "control" else f" ({printable(channel)})"
             text = f"{record['type']}{where}"
             return Row(t, sender_of(role, kind), "message", text, record["length"])
         case "write":

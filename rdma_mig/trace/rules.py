@@ -9,6 +9,7 @@ what a source sends (``out`` there) is what its destination gets (``in`` there),
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -24,6 +25,8 @@ PHASE_SHOWN_SINCE = 2
 """Version of a trace from which on it has what the rules are about."""
 
 _REPEAT_MAX = 4096
+# Those beside the first are numbered from 1.
+_SIDE_CHANNEL = re.compile(r"connection-([1-9]|1[0-5])", re.ASCII)
 # Chunks that one registration is followed over; a larger one is none of ours.
 _BEYOND_MAX = 1 << 16
 
@@ -187,6 +190,7 @@ class TraceRules:
         self._last_round = False
         self._credit = {"control": 0, "return-path": 0}
         self._answered = False  # a first message on the return path
+        self._side_ends: dict[str, int] = {}  # phases ended on each connection beside the first
         self._keys = _Keys()
         self._fresh: list[tuple[str, int]] = []  # registered, and the answer not yet seen
         self._commit: tuple[str, str] | None = None  # by, state
@@ -289,7 +293,7 @@ class TraceRules:
 
     def _message(self, record: Numbered) -> None:
         channel, name = record["channel"], record["type"]
-        if channel not in self._credit:
+        if channel not in self._credit and not _SIDE_CHANNEL.fullmatch(channel):
             self._fail(record, f"there is no channel {channel[:32]!a}")
         if name not in ControlType.__members__:
             self._fail(record, f"there is no control message {name[:32]!a}")
@@ -298,6 +302,8 @@ class TraceRules:
         self._check_size(record, message)
         if channel == "return-path":
             self._on_return_path(record, sender, message)
+        elif channel != "control":
+            self._on_side_connection(record, sender, message)
         else:
             self._on_control(record, sender, message)
         if record.record.kind == "out":
@@ -410,6 +416,16 @@ class TraceRules:
         self._credit["return-path"] = 0
         self._answered = True
 
+    def _on_side_connection(self, record: Numbered, sender: Side, message: ControlType) -> None:
+        channel = record["channel"]
+        if message is not ControlType.REGISTER_FINISHED or sender is not Side.SOURCE:
+            self._fail(record, f"{message.name} by the {sender.value} on {channel}")
+        ended = self._side_ends[channel] = self._side_ends.get(channel, 0) + 1
+        if not self._in_phase or ended != self.phases + 1:
+            self._fail(
+                record, f"the end of RAM phase {ended - 1} on {channel}, {self.phases} is due"
+            )
+
     # ---- phases ----
 
     def _phase(self, record: Numbered) -> None:
@@ -432,6 +448,9 @@ class TraceRules:
             self._fail(record, f"there is no state {state[:32]!a} of a phase")
         if self._state is not _State.PHASE_DONE or not self._in_phase or number != self.phases:
             self._fail(record, f"RAM phase {number} ends without REGISTER_FINISHED")
+        for channel, ended in self._side_ends.items():
+            if ended != number + 1:
+                self._fail(record, f"RAM phase {number} ends, and has not ended on {channel}")
         self._in_phase = False
         self.phases += 1
         self._files = 0

@@ -48,7 +48,8 @@ def _describe(record: Numbered, role: str, here: str) -> tuple[str, str, str]:
                 "",
             )
         case "out" | "in":
-            where = "" if get("channel") == "control" else " on the return path"
+            channel = str(get("channel")).replace("return-path", "the return path")
+            where = "" if channel == "control" else f" on {channel}"
             arrow = "->" if kind == "out" else "<-"
             length = size_of(record["length"]) if get("length") else ""
             return sender_of(role, kind).value, f"{arrow} {get('type')}{where}", length

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rdma_mig import _pages
@@ -17,8 +18,9 @@ from rdma_mig.memory.blocks import CHUNK_SIZE, chunk_range
 from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel
 from rdma_mig.transport.return_path import ReturnPathWriter
+from rdma_mig.transport.side_connections import SideConnections, granted_beside, side_options
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
-from rdma_mig.verbs.listener import Listener
+from rdma_mig.verbs.listener import Admission, Listener
 from rdma_mig.verbs.route import Route, route_of
 from rdma_mig.waits import Cancel, Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
@@ -39,7 +41,6 @@ from rdma_mig.wire.handshake import (
     FEATURE_FINAL_ACK,
     FEATURE_FRESH_BLOCKS,
     FLAG_PIN_ALL,
-    Extension,
     PrivateData,
 )
 from rdma_mig.wire.return_path import Pong, Shut
@@ -87,17 +88,18 @@ class IncomingListener:
         guard: Callable[[str], str] | None = None,
         refused: Callable[[str, str], None] | None = None,
     ) -> None:
+        self._options = options
         self._listener = Listener(address.host, address.port, cancel, options, guard, refused)
         self.address = RdmaAddress(*self._listener.address)
         self.device = self._listener.device
 
     def accept(self, deadline: Deadline, limits: TransportLimits) -> RdmaIncoming:
-        """Wait for a source and accept it; afterwards only its return path is taken.
+        """Wait for a source and accept it; afterwards only its other connections are taken.
 
-        A source opens that right after the first connection and before it sends any byte of the
-        stream (docs/protocol.md, return path). So the door is open until the first byte comes, to
-        the source's address only; where the source is one of ours, also to its nonce only.
-        A client that speaks another version is told so and turned away.
+        A source opens them right after the first connection and before it sends any byte of the
+        stream (docs/protocol.md, return path, several connections). So the door is open until the
+        first byte comes, to the source's address only; where the source is one of ours, also to
+        its nonce only. A client that speaks another version is told so and turned away.
 
         Raises:
             HostError, MigrationTimeout, MigrationCancelled: no connection came about.
@@ -108,7 +110,11 @@ class IncomingListener:
             extension = request.extension
             if extension is not None:
                 # The nonce goes back as it came: it names this connection to both ends.
-                extension = Extension(extension.features & _FEATURES, extension.nonce)
+                extension = replace(
+                    extension,
+                    features=extension.features & _FEATURES,
+                    beside=granted_beside(request),
+                )
             return PrivateData(1, request.flags & FLAG_PIN_ALL, extension).encode()
 
         def answer(private_data: bytes, peer: str) -> bytes:
@@ -116,15 +122,29 @@ class IncomingListener:
             asked.append(request)
             return reply_to(request)
 
-        def answer_return_path(private_data: bytes, peer: str) -> bytes:
+        def admit(private_data: bytes, peer: str) -> Admission:
             request = PrivateData.decode(private_data)
             first = asked[-1]
             nonce, known = (data.extension and data.extension.nonce for data in (request, first))
             if nonce != known or request.pin_all != first.pin_all:
                 raise RemoteProtocolError("another migration is under way")
-            return reply_to(request)
+            beside = granted_beside(first)
+            number = request.extension.number if request.extension else 0
+            if number > beside or number in self._listener.others:
+                raise RemoteProtocolError(
+                    f"connection {number} of a migration that has {beside} beside the first"
+                    + (", and has this one" if number <= beside else "")
+                )
+            return Admission(
+                reply_to(request),
+                number,
+                side_options(self._options) if number else None,
+                shares_memory=number > 0,
+                # The return path is one of them.
+                last=len(self._listener.others) == beside,
+            )
 
-        endpoint = self._listener.accept(answer, deadline, answer_return_path)
+        endpoint = self._listener.accept(answer, deadline, admit)
         return RdmaIncoming(endpoint, asked[-1], limits, self._listener)
 
     def close(self) -> None:
@@ -165,6 +185,8 @@ class RdmaIncoming:
         self.control = ControlChannel(endpoint, limits)
         self.pin_all = asked.pin_all
         self.final_ack = bool(asked.extension and asked.extension.features & FEATURE_FINAL_ACK)
+        self._beside = granted_beside(asked)
+        self._side: SideConnections | None = None
         self._says_fresh = bool(asked.extension and asked.extension.features & FEATURE_FRESH_BLOCKS)
         self.phases = 0
         self.setup_seconds = 0.0
@@ -188,6 +210,11 @@ class RdmaIncoming:
     def route(self) -> Route:
         """Where the connection runs."""
         return route_of(self._endpoint.cmid, self._endpoint.path)
+
+    @property
+    def connections(self) -> int:
+        """Over how many the source writes RAM."""
+        return 1 + self._beside
 
     @property
     def disconnected(self) -> bool:
@@ -265,6 +292,7 @@ class RdmaIncoming:
         """Answer requests until the source ends the phase (docs/protocol.md, RAM phases)."""
         if self._ram is None:
             raise LocalProtocolError("a registration phase before the RAM is known")
+        side = self._side_connections()
         self._note_phase("begin")
         while True:
             message = self.control.receive("a registration request or the end of the RAM phase")
@@ -276,6 +304,7 @@ class RdmaIncoming:
                         raise RemoteProtocolError(
                             f"{self.peer} ended setup without asking for the RAM blocks"
                         )
+                    side.await_phase_end()
                     self._note_phase("end")
                     self.phases += 1
                     return
@@ -289,6 +318,19 @@ class RdmaIncoming:
                     raise RemoteProtocolError(
                         f"{self.peer} sent {message.type.name} in a registration phase"
                     )
+
+    def _side_connections(self) -> SideConnections:
+        """Return them; the source has opened them all before the first byte of the stream."""
+        if self._side is None:
+            numbers = range(1, self._beside + 1)
+            others = self._listener.others
+            if missing := [number for number in numbers if number not in others]:
+                raise RemoteProtocolError(
+                    f"{self.peer} announced {self._beside} connections beside the first, and did "
+                    f"not open number {missing[0]}"
+                )
+            self._side = SideConnections([others[number] for number in numbers], self._limits)
+        return self._side
 
     def _note_phase(self, state: str) -> None:
         if self._trace is not None:
@@ -411,7 +453,7 @@ class RdmaIncoming:
 
     def open_return_path(self) -> bool:
         """Do as the stream's OPEN_RETURN_PATH says; False if the source opened no connection."""
-        second = self._listener.second
+        second = self._listener.others.get(0)
         if second is not None and self._return_path is None:
             self._return_path = ReturnPathWriter(second, self._limits)
         return self._return_path is not None
@@ -472,6 +514,6 @@ class RdmaIncoming:
 
     def close(self) -> None:
         """End the connections and give back every registration. Idempotent."""
-        if self._listener.second is not None:
-            self._listener.second.close()
+        for other in self._listener.others.values():
+            other.close()
         self._endpoint.close()

@@ -19,6 +19,7 @@ from rdma_mig.memory.ram import GuestRam
 from rdma_mig.transport.control import ControlChannel
 from rdma_mig.transport.ram_writer import RamWriter
 from rdma_mig.transport.return_path import ReturnPathReader
+from rdma_mig.transport.side_connections import SideConnections, open_side_connections
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.route import Route, route_of
@@ -68,6 +69,8 @@ class RdmaOutgoing:
             zero, as a QEMU's main RAM is when it has just been started.
         return_path: open a second connection, on which the destination says how it ended.
         stream_message: bytes of the stream in one message at most, 1 to 524272.
+        connections: over how many to write RAM, 1 to 16; a destination may grant fewer, and a QEMU
+            takes one.
 
     Raises:
         PeerGone: there is no destination, or it offers no return path.
@@ -92,6 +95,7 @@ class RdmaOutgoing:
         assume_zero: bool = False,
         return_path: bool = False,
         stream_message: int = STREAM_MESSAGE,
+        connections: int = 1,
     ) -> None:
         self.stream_message = stream_message
         self._cancel = cancel
@@ -103,7 +107,7 @@ class RdmaOutgoing:
         self._exchanged = False
         self._phases = 0
         features = FEATURE_FINAL_ACK | FEATURE_FRESH_BLOCKS
-        extension = Extension(features, secrets.randbits(64))
+        extension = Extension(features, secrets.randbits(64), connections - 1)
         asked = PrivateData(1, FLAG_PIN_ALL if pin_all else 0, extension)
         self._return_path: ReturnPathReader | None = None
         # While nobody waits for it yet; a chunk is registered as a whole.
@@ -116,6 +120,8 @@ class RdmaOutgoing:
                 self._return_path = self._open_return_path(address, asked, options)
             granted = PrivateData.decode(self._endpoint.private_data)
             self.pin_all = pin_all and granted.pin_all
+            beside = open_side_connections(self._endpoint, address.port, asked, cancel, options)
+            self._side = SideConnections(beside, limits)
             features = granted.extension.features if granted.extension else 0
             self.final_ack = bool(features & FEATURE_FINAL_ACK)
             self.control = ControlChannel(self._endpoint, limits)
@@ -130,6 +136,7 @@ class RdmaOutgoing:
                 hears_fresh=bool(features & FEATURE_FRESH_BLOCKS),
                 assume_zero=assume_zero,
                 account=self._account,
+                beside=beside,
             )
         except BaseException:
             self.close()
@@ -192,6 +199,11 @@ class RdmaOutgoing:
     def route(self) -> Route:
         """Where the connection runs."""
         return route_of(self._endpoint.cmid, self._endpoint.path)
+
+    @property
+    def connections(self) -> int:
+        """Over how many RAM is written."""
+        return 1 + len(self._side.endpoints)
 
     @property
     def bytes_written(self) -> int:
@@ -268,6 +280,7 @@ class RdmaOutgoing:
             self._writer.wait_writes()
             file.page_taker = None
             self._writer.queue.close()
+        self._side.end_phase()
         self.control.send(ControlMessage(ControlType.REGISTER_FINISHED))
         self._note_phase("end")
         self._phases += 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class RamWriter:
 
     Args:
         endpoint: the connection; what is registered on it is given back with it.
+        beside: other connections that share its memory, and the writes.
         control: its control channel, for keys and announcements.
         ram: the guest's RAM; it must outlive this object.
         cancel: ends every wait.
@@ -79,9 +80,11 @@ class RamWriter:
         hears_fresh: bool,
         assume_zero: bool,
         account: Callable[[int, bool], None],
+        beside: Sequence[Endpoint] = (),
     ) -> None:
         self._verbs = load()
         self._endpoint = endpoint
+        self._endpoints = (endpoint, *beside)
         self._control = control
         self._ram = ram
         self._cancel = cancel
@@ -95,8 +98,9 @@ class RamWriter:
         self._records: list[RamBlockRecord] = []
         self.queue = self._verbs.WriteQueue(
             endpoint.queue,
+            beside=[other.queue for other in beside],
             chunk_size=CHUNK_SIZE,
-            max_write=min(_MAX_WRITE, endpoint.max_message),
+            max_write=min(_MAX_WRITE, *(each.max_message for each in self._endpoints)),
             interrupted=self._interrupted,
             issued=self._issued,
         )
@@ -113,7 +117,8 @@ class RamWriter:
         if outcome == self._verbs.NEED_KEY:
             self._ask_for_key(*self.queue.wanted)
             return
-        self._endpoint.interrupted(outcome, "room in the send queue", self._limits.total)
+        stopped = self._endpoints[self.queue.blocked]
+        stopped.interrupted(outcome, "room in the send queue", self._limits.total)
 
     def _issued(self, size: int, zeros: int) -> None:
         if size:
@@ -305,20 +310,23 @@ class RamWriter:
 
     def wait_writes(self) -> None:
         """Wait until every write has completed; as long as some do, that is no stall."""
-        work = self._endpoint.queue
         began = time.monotonic() if self._trace is not None else 0.0
+        for endpoint in self._endpoints:
+            self._wait_writes_of(endpoint)
+        if self._trace is not None:
+            self._trace.waited("the completion of all writes", began, time.monotonic())
+
+    def _wait_writes_of(self, endpoint: Endpoint) -> None:
         while True:
-            before = work.completions
+            before = endpoint.queue.completions
             try:
-                self._endpoint.wait(
+                endpoint.wait(
                     self._verbs.WAIT_WRITES,
                     "the completion of all writes",
                     self._limits.next_wait(),
                 )
             except MigrationTimeout:
-                if work.completions > before and not self._limits.total.passed:
+                if endpoint.queue.completions > before and not self._limits.total.passed:
                     continue
                 raise
-            if self._trace is not None:
-                self._trace.waited("the completion of all writes", began, time.monotonic())
             return

@@ -38,7 +38,12 @@ _RETRY = 5
 
 
 def connect(
-    host: str, port: int, private_data: bytes, cancel: Cancel, options: EndpointOptions
+    host: str,
+    port: int,
+    private_data: bytes,
+    cancel: Cancel,
+    options: EndpointOptions,
+    leader: Endpoint | None = None,
 ) -> Endpoint:
     """Connect to a destination; receives are posted before it learns of us.
 
@@ -47,6 +52,7 @@ def connect(
         private_data: sent with the request, at most 56 bytes.
         cancel: ends every wait.
         options: sizes and limits.
+        leader: a connection to the same host, whose registered memory this one uses.
 
     Returns:
         the connection; its private_data is the destination's. It owns its event channel.
@@ -67,7 +73,9 @@ def connect(
         try:
             if isinstance(source, HostError):
                 raise source
-            return _connect_to(candidate, source, choice, private_data, cancel, options, limit)
+            return _connect_to(
+                candidate, source, choice, private_data, cancel, options, limit, leader
+            )
         except (HostError, PeerGone, MigrationTimeout) as error:
             failures.append(_with_advice(error, candidate))
     raise _all_failed(host, failures, choice)
@@ -120,6 +128,7 @@ def _connect_to(
     cancel: Cancel,
     options: EndpointOptions,
     deadline: Deadline,
+    leader: Endpoint | None,
 ) -> Endpoint:
     from pyverbs.cmid import CMID
 
@@ -153,7 +162,7 @@ def _connect_to(
             choice.check_source(cmid, peer)
             cmid.resolve_route(milliseconds())
             expect(ROUTE_RESOLVED, "resolving the route")
-            endpoint = Endpoint(cmid, events, cancel, options)
+            endpoint = Endpoint(cmid, events, cancel, options, leader)
             undo.callback(endpoint.close)
             request = functools.partial(
                 verbs.connect,

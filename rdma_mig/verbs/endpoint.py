@@ -99,9 +99,21 @@ class Endpoint(Closing):
     """
 
     def __init__(
-        self, cmid: Any, events: EventChannel, cancel: Cancel, options: EndpointOptions
+        self,
+        cmid: Any,
+        events: EventChannel,
+        cancel: Cancel,
+        options: EndpointOptions,
+        leader: Endpoint | None = None,
     ) -> None:
-        """Take over a CMID that is bound to a device; build its queue pair, receives posted."""
+        """Take over a CMID that is bound to a device; build its queue pair, receives posted.
+
+        With a ``leader`` the keys of what is registered there serve this connection as well, and
+        closing the leader closes this one first.
+
+        Raises:
+            HostError: the connection is over another device than its leader.
+        """
         from pyverbs.cq import CQ, CompChannel
         from pyverbs.device import Context
         from pyverbs.pd import PD
@@ -123,6 +135,7 @@ class Endpoint(Closing):
         self._owns_events = False
         self._device_removed = False
         self._followers: list[Endpoint] = []
+        self._sharing: list[Endpoint] = []
         self._regions: list[_verbs.MemoryRegion] = []
         self.trace = options.trace
         # What the regions are of, for the trace: block, first chunk, bytes.
@@ -141,8 +154,11 @@ class Endpoint(Closing):
             self.iwarp = is_iwarp(self.device)
             self._port: int = verbs.port_number(cmid)
             self.max_message = verbs.max_message_size(context, self._port)
-            self._pd = PD(context)
-            self._closing.callback(self._pd.close)
+            if leader is None:
+                self._pd = PD(context)
+                self._closing.callback(self._pd.close)
+            else:
+                self._share(leader)
             channel = CompChannel(context)
             self._closing.callback(channel.close)
             cq = CQ(context, entries, None, channel, 0)
@@ -187,6 +203,17 @@ class Endpoint(Closing):
         except BaseException:
             self.close()
             raise
+
+    def _share(self, leader: Endpoint) -> None:
+        """Use the leader's protection domain: a key is good for the queue pairs of one."""
+        if self.device != leader.device:
+            raise HostError(
+                f"the connection with {self.peer} runs over {self.device}, and the first one with "
+                f"that host over {leader.device}",
+                remedy="name an address of one device, or use one connection",
+            )
+        self._pd = leader._pd
+        leader._sharing.append(self)
 
     def _register_buffers(self, buffers: mmap.mmap) -> _verbs.MemoryRegion:
         try:
@@ -421,6 +448,8 @@ class Endpoint(Closing):
         if self._closed:
             return
         self._closed = True
+        for other in self._sharing:
+            other.close()
         self.disconnect()
         self.events.forget(self)
         if hasattr(self, "_qp"):

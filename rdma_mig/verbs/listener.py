@@ -7,7 +7,7 @@ import contextlib
 import errno
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationError, MigrationTimeout, RemoteProtocolError
@@ -26,7 +26,7 @@ from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline, nobody_came
 from rdma_mig.words import place
 
-__all__ = ["Answer", "Listener"]
+__all__ = ["Admission", "Admit", "Answer", "Listener"]
 
 Answer = Callable[[bytes, str], bytes]
 """Private data and address of a client to the private data of the reply.
@@ -34,12 +34,34 @@ Answer = Callable[[bytes, str], bytes]
 A RemoteProtocolError that it raises rejects the client, its text being the reason.
 """
 
+
+class Admission(NamedTuple):
+    """What becomes of a client beside the first.
+
+    Attributes:
+        reply: private data of the reply.
+        number: its key in Listener.others, which nobody has yet.
+        options: for its connection; None for those of the first.
+        shares_memory: what is registered on the first connection can be reached over it.
+        last: nobody else is expected.
+    """
+
+    reply: bytes
+    number: int = 0
+    options: EndpointOptions | None = None
+    shares_memory: bool = False
+    last: bool = True
+
+
+Admit = Callable[[bytes, str], Admission]
+"""Like an Answer, for those beside the first."""
+
 # Bytes of a reject's private data that we use, its end a NUL (InfiniBand specification, 12.6.7).
 _REASON_MAX = 147
 
 
 class Listener(Closing):
-    """A listening address; accept() takes the first client, and one more where that is wanted.
+    """A listening address; accept() takes the first client, and others where that is wanted.
 
     Args:
         host, port: where; 0.0.0.0 or :: for every address, port 0 for a free one.
@@ -51,7 +73,8 @@ class Listener(Closing):
 
     Attributes:
         address: (host, port) as bound.
-        second: the one more, or None; closed with the listener at the latest.
+        others: the connections beside the first, by number; closed with the listener at the
+            latest.
         device: name of the device that the address belongs to; empty where it is every address.
 
     Raises:
@@ -74,7 +97,7 @@ class Listener(Closing):
         self._verbs = load()
         self.events = EventChannel(options.trace)
         self._closed = False
-        self.second: Endpoint | None = None
+        self.others: dict[int, Endpoint] = {}
         self._guard = guard
         self._refused = refused
         self._cmid: Any = None
@@ -109,9 +132,7 @@ class Listener(Closing):
             self.close()
             raise
 
-    def accept(
-        self, answer: Answer, deadline: Deadline, one_more: Answer | None = None
-    ) -> Endpoint:
+    def accept(self, answer: Answer, deadline: Deadline, others: Admit | None = None) -> Endpoint:
         """Wait for a client and accept it.
 
         What a client does wrong up to then is its own affair: whoever reaches this host may call
@@ -121,9 +142,9 @@ class Listener(Closing):
         Args:
             answer: what the client is told.
             deadline: limit of the wait for a client; the handshake has its own.
-            one_more: answers a second request in the same way, which then becomes ``second``. It is
-                asked only about clients from the address that the first one came from, and until
-                one was accepted or stop() was called; nobody waits for that. None: the first client
+            others: answers further requests, which then are among ``others``. It is asked only
+                about clients from the address that the first one came from, and until the last one
+                was accepted or stop() was called; nobody waits for that. None: the first client
                 stays the only one.
 
         Returns:
@@ -144,14 +165,14 @@ class Listener(Closing):
             if event.type != CONNECT_REQUEST:
                 continue  # left over from a client that went away while it connected
             try:
-                endpoint = self._serve(event, answer, one_more)
+                endpoint = self._serve(event, answer, others)
             finally:
                 if not self.events.watches_any:
                     self.events.post_doorman(None)
             if endpoint is not None:
                 return endpoint
 
-    def _serve(self, event: Event, answer: Answer, one_more: Answer | None) -> Endpoint | None:
+    def _serve(self, event: Event, answer: Answer, others: Admit | None) -> Endpoint | None:
         """Accept one client; None when it was not served or has gone, and the next may be taken."""
         request = event.request
         raw = self._verbs.peer_address(request)
@@ -168,10 +189,10 @@ class Listener(Closing):
         endpoint = self._begin(event, reply)
         if endpoint is None:
             return None
-        if one_more is not None:
+        if others is not None:
             # From now on: a source may open its second connection before we learn that the first
             # one is established.
-            self.events.post_doorman(lambda event: self._admit(event, endpoint, one_more))
+            self.events.post_doorman(lambda event: self._admit(event, endpoint, others))
         try:
             limit = Deadline.after(self.options.connect_seconds)
             event = self.events.next("accepting", peer, limit, self.cancel, about=request)
@@ -209,13 +230,19 @@ class Listener(Closing):
             self._tell(addresses.describe(raw), reason)
         return reason
 
-    def _begin(self, event: Event, reply: bytes) -> Endpoint | None:
+    def _begin(
+        self,
+        event: Event,
+        reply: bytes,
+        options: EndpointOptions | None = None,
+        leader: Endpoint | None = None,
+    ) -> Endpoint | None:
         """Build a client's connection and send the reply; None when the client has gone."""
         from pyverbs.cmid import ConnParam
 
         request = event.request
         try:
-            endpoint = Endpoint(request, self.events, self.cancel, self.options)
+            endpoint = Endpoint(request, self.events, self.cancel, options or self.options, leader)
         except OSError:
             return None
         try:
@@ -239,25 +266,27 @@ class Listener(Closing):
             raise
         return endpoint
 
-    def _admit(self, event: Event, first: Endpoint, answer: Answer) -> None:
+    def _admit(self, event: Event, first: Endpoint, answer: Admit) -> None:
         """Deal with a request that comes beside the first connection; the doorman."""
         raw = self._verbs.peer_address(event.request)
         try:
             if addresses.host_of(raw) != addresses.host_of(self._verbs.peer_address(first.cmid)):
                 raise RemoteProtocolError("a migration from another host is under way")
-            reply = answer(event.private_data, addresses.describe(raw))
+            admission = answer(event.private_data, addresses.describe(raw))
         except RemoteProtocolError as error:
             self._reject(event.request, error)
             return
         endpoint: Endpoint | None = None
+        leader = first if admission.shares_memory else None
         # For want of memory, say. The client is told by the loss of its request.
         with contextlib.suppress(MigrationError):
-            endpoint = self._begin(event, reply)
+            endpoint = self._begin(event, admission.reply, admission.options, leader)
         if endpoint is not None:
             endpoint.follow(first)
-            self.second = endpoint
+            self.others[admission.number] = endpoint
             self.events.watch(endpoint)
-            self.stop()
+            if admission.last:
+                self.stop()
 
     def _reject(self, request: Any, error: MigrationError) -> None:
         reason = str(error).encode("ascii", "replace")
@@ -276,8 +305,8 @@ class Listener(Closing):
             return
         self._closed = True
         self.stop()
-        if self.second is not None:
-            self.second.close()
+        for endpoint in self.others.values():
+            endpoint.close()
         self.events.close()
 
     def __del__(self) -> None:

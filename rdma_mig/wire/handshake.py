@@ -19,6 +19,7 @@ __all__ = [
     "FEATURE_FRESH_BLOCKS",
     "FLAG_EXTENSION",
     "FLAG_PIN_ALL",
+    "MAX_CONNECTIONS",
     "PRIVATE_DATA_SIZE",
     "PROTOCOL_VERSION",
     "Extension",
@@ -38,9 +39,11 @@ EXTENDED_PRIVATE_DATA_SIZE = 56
 FEATURE_FINAL_ACK = 0x1
 #: RAM_BLOCKS_RESULT says which blocks are all zero; zeros need not be sent to those.
 FEATURE_FRESH_BLOCKS = 0x2
+#: Connections that may share one migration's RAM, the first counted.
+MAX_CONNECTIONS = 16
 
 _BASE = struct.Struct(">II")
-_BLOCK = struct.Struct(">4sHHIQ24x")
+_BLOCK = struct.Struct(">4sHHIQHH20x")
 _CRC = struct.Struct(">I")
 _MAGIC = b"RMIG"
 _BLOCK_VERSION = 1
@@ -52,13 +55,19 @@ class Extension:
 
     Args:
         features: u32, one bit per feature (``FEATURE_*``); unknown bits are kept and mean nothing.
-        nonce: u64 that tells one connection from another.
+        nonce: u64 that tells one migration from another.
+        beside: u16, connections for RAM beside the first: as many as the source wants (REQ), or as
+            the destination takes (REP).
+        number: u16, 0 in the first connection and in the return path's, else which one of those
+            beside the first this is, from 1.
 
     Wire: docs/protocol.md, the extension block.
     """
 
     features: int
     nonce: int
+    beside: int = 0
+    number: int = 0
 
     def encode(self, base: bytes) -> bytes:
         """Return the 48 bytes that follow *base*, the 8 bytes that the checksum covers as well.
@@ -68,9 +77,13 @@ class Extension:
         """
         check_uint("extension features", self.features, 32)
         check_uint("extension nonce", self.nonce, 64)
+        check_uint("extension connections", self.beside, 16)
+        check_uint("extension connection number", self.number, 16)
         if len(base) != PRIVATE_DATA_SIZE:
             raise LocalProtocolError(f"extension follows {len(base)} bytes, allowed are 8")
-        block = _BLOCK.pack(_MAGIC, _BLOCK_VERSION, 0, self.features, self.nonce)
+        block = _BLOCK.pack(
+            _MAGIC, _BLOCK_VERSION, 0, self.features, self.nonce, self.beside, self.number
+        )
         return block + _CRC.pack(zlib.crc32(base + block))
 
     @classmethod
@@ -84,11 +97,11 @@ class Extension:
         if len(data) < EXTENDED_PRIVATE_DATA_SIZE:
             return None
         crc_at = EXTENDED_PRIVATE_DATA_SIZE - _CRC.size
-        magic, version, _reserved, features, nonce = _BLOCK.unpack_from(data, PRIVATE_DATA_SIZE)
+        magic, version, _reserved, *fields = _BLOCK.unpack_from(data, PRIVATE_DATA_SIZE)
         (crc,) = _CRC.unpack_from(data, crc_at)
         if magic != _MAGIC or version != _BLOCK_VERSION or crc != zlib.crc32(data[:crc_at]):
             return None
-        return cls(features, nonce)
+        return cls(*fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ def test_meter_counts_between_events(monkeypatch: pytest.MonkeyPatch):
     with Migration() as migration:
         meter.migration = migration
         meter.event(
-            Connected("10.0.0.2:1", "10.0.0.1:2", "rxe0", 1, "RoCE v2", 0, "::", 4096, pin_all=True)
+            Connected("10.0.0.2:1", "10.0.0.1:2", "rxe0", 1, "RoCE v2", 0, "::", 4096, True, 1)
         )
         meter.event(Progress("setup", 0, 8 * MIB))
         assert meter.look() == Standing("setup", total=8 * MIB)

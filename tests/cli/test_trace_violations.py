@@ -113,6 +113,35 @@ def unknown_channel(records: Records) -> int:
     return alter(records, find(records, "out"), channel="side")
 
 
+def end_beside(records: Records, **changed: object) -> int:
+    """Put the end of a phase on a connection beside the first right before that of the first."""
+    at = find(records, "out", type="REGISTER_FINISHED")
+    records.insert(at, records[at] | {"channel": "connection-1"} | changed)
+    return at
+
+
+@rule("ours-dynamic.out", "READY by the source on connection-1")
+def message_beside_the_first(records: Records) -> int:
+    return end_beside(records, type="READY")
+
+
+@rule("ours-dynamic.out", "there is no channel 'connection-16'")
+def connection_beyond_the_last(records: Records) -> int:
+    return end_beside(records, channel="connection-16")
+
+
+@rule("ours-dynamic.out", "RAM phase 1 ends, and has not ended on connection-1")
+def phase_that_does_not_end_beside_the_first(records: Records) -> int:
+    end_beside(records)
+    return [at for at, record in enumerate(records)
+            if record["kind"] == "phase" and record["state"] == "end"][1]  # fmt: skip
+
+
+@rule("ours-dynamic.out", "the end of RAM phase 1 on connection-1, 0 is due")
+def phase_that_ends_twice_beside_the_first(records: Records) -> int:
+    return again(records, end_beside(records))
+
+
 @rule("ours-dynamic.out", "READY with 1 bytes, it has none")
 def ready_with_a_payload(records: Records) -> int:
     return alter(records, find(records, "in", type="READY"), length=1)

@@ -47,7 +47,7 @@ class Wire:
     addresses = _ADDRESSES
 
     def __init__(self) -> None:
-        for module in ("rdma_rxe", "sch_netem"):
+        for module in ("rdma_rxe", "sch_netem", "sch_prio", "cls_u32"):
             # Built in, it is no module; where it is neither, what needs it says so.
             _run("modprobe", module, check=False)
         self._undoing = subprocess.Popen(
@@ -86,6 +86,28 @@ class Wire:
     def drop(self, end: int) -> None:
         """Lose every packet that this end sends, as a switch would: no link goes down."""
         _run("tc", "qdisc", "add", "dev", _NAMES[end], "root", "netem", "loss", "100%")
+
+    def reorder(self, end: int, queue_pair: int) -> None:
+        """Let what this end sends to one queue pair lag by 2 ms; one packet in a thousand does not.
+
+        That one overtakes those before it. soft-RoCE gives up a connection when five such packets
+        come with no acknowledgement between them, and gives that for 64 packets at a time.
+        It is found by its number in the packet: 24 bits of the transport header behind IPv4 and UDP
+        (InfiniBand specification, 9.2; annex A17).
+        """
+        name, band = _NAMES[end], "1:3"
+        _run("tc", "qdisc", "add", "dev", name, "root", "handle", "1:",
+             "prio", "priomap", *["0"] * 16)  # fmt: skip
+        _run("tc", "qdisc", "add", "dev", name, "parent", band, "netem", "limit", "100000",
+             "delay", "2ms", "reorder", "0.1%")  # fmt: skip
+        _run("tc", "filter", "add", "dev", name, "parent", "1:", "protocol", "ip", "u32",
+             "match", "u32", f"{queue_pair:#x}", "0xffffff", "at", "32",
+             "flowid", band)  # fmt: skip
+
+    def reordered(self, end: int) -> int:
+        """Packets that went the way of those that overtake each other."""
+        shown = json.loads(_run("tc", "-s", "-j", "qdisc", "show", "dev", _NAMES[end]))
+        return next(int(entry["packets"]) for entry in shown if entry["kind"] == "netem")
 
     def unplug(self, end: int) -> None:
         """Set this end's link down; the other end's loses its carrier."""

@@ -380,8 +380,9 @@ _SECONDS = float
 _KEYS: dict[str, dict[str, type]] = {
     "listening": {"uri": _TEXT},
     "connected": {
-        "peer": _TEXT, "device": _TEXT, "pin_all": bool, "local": _TEXT, "port": _COUNT,
-        "transport": _TEXT, "gid_index": _COUNT, "gid": _TEXT, "mtu": _COUNT,
+        "peer": _TEXT, "device": _TEXT, "pin_all": bool, "connections": _COUNT,
+        "local": _TEXT, "port": _COUNT, "transport": _TEXT,
+        "gid_index": _COUNT, "gid": _TEXT, "mtu": _COUNT,
     },
     "progress": {"phase": _TEXT, "done": _COUNT, "total": _COUNT},
     "warning": {"message": _TEXT},

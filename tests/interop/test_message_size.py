@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real QEMU takes the stream in messages of any size."""
+"""A real QEMU takes the stream in messages of any size, and one connection for RAM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from harness import Qemu, free_port
 from support import Snapshot, patience, rdma_uri
 
-from rdma_mig.migration.events import Completed, MigrationEvent
+from rdma_mig.migration.events import Completed, Connected, MigrationEvent
 from rdma_mig.migration.rdma import RdmaOptions, rdma_start_outgoing_migration
 from rdma_mig.migration.send import SnapshotSource
 from rdma_mig.migration.state import Migration
@@ -33,12 +33,14 @@ def test_qemu_takes_the_stream_in_messages_of_any_size(long_snapshot: Snapshot):
                     source.load(migration)
                     rdma_start_outgoing_migration(
                         migration, uri, ram=source.ram, save=source.save,
-                        options=RdmaOptions(stream_message=size),
+                        options=RdmaOptions(stream_message=size, connections=3),
                     )  # fmt: skip
                     assert migration.wait(patience(60))
                 finally:
                     migration.close()
                     source.close()
+                assert [e.connections for e in events if isinstance(e, Connected)] == [1]
+                assert any("1 of 3 connections" in str(getattr(e, "message", "")) for e in events)
                 assert isinstance(events[-1], Completed)
                 assert "loaded all device state" in events[-1].confirmed
                 assert dest.wait_migration()["status"] == "completed"

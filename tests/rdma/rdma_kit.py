@@ -49,7 +49,7 @@ from rdma_mig.verbs import addresses
 from rdma_mig.verbs.connector import connect
 from rdma_mig.verbs.endpoint import Endpoint, EndpointOptions
 from rdma_mig.verbs.events import ADDR_RESOLVED, CONNECT_RESPONSE, ROUTE_RESOLVED, EventChannel
-from rdma_mig.verbs.listener import Listener
+from rdma_mig.verbs.listener import Admission, Listener
 from rdma_mig.verbs.loading import load
 from rdma_mig.waits import Cancel, Deadline
 from rdma_mig.wire.address import RdmaAddress
@@ -356,18 +356,18 @@ class RawListener:
             self.asked = private_data
             return reply
 
-        one_more = (lambda _data, _peer: reply) if return_path else None
-        self.peer = Peer(self.listener.accept(answer, Deadline.after(patience(seconds)), one_more))
+        others = (lambda _data, _peer: Admission(reply)) if return_path else None
+        self.peer = Peer(self.listener.accept(answer, Deadline.after(patience(seconds)), others))
         return self.peer
 
     def second(self, seconds: float = 10) -> Peer:
         """Wait for the source's second connection."""
         deadline = Deadline.after(patience(seconds))
-        while not (self.listener.second and self.listener.second.is_connected):
+        while not ((other := self.listener.others.get(0)) and other.is_connected):
             assert not deadline.passed, "the source opened no second connection"
             self.listener.events.wait(deadline, self.cancel)
             self.listener.events.dispatch()
-        return Peer(self.listener.second)
+        return Peer(other)
 
     def serve(self, step: str, reply: bytes = PLAIN) -> None:
         """Accept a source and behave well up to this step, in a thread that ends with this."""

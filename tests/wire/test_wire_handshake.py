@@ -15,10 +15,11 @@ from rdma_mig.wire.handshake import (
     PrivateData,
 )
 
+U16 = st.integers(0, 2**16 - 1)
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 FLAGS = st.integers(0, 2**31 - 1)
-EXTENSIONS = st.builds(Extension, U32, U64)
+EXTENSIONS = st.builds(Extension, U32, U64, U16, U16)
 VALUES = st.builds(PrivateData, st.just(1), FLAGS, st.none() | EXTENSIONS)
 
 
@@ -36,6 +37,8 @@ def test_bytes_of_the_extension():
     assert data[28:52] == bytes(24)
     assert data[52:] == struct.pack(">I", zlib.crc32(data[:52]))
     assert len(data) == 56
+    third_of_four = PrivateData(1, 0, Extension(0, 1, beside=3, number=2)).encode()
+    assert third_of_four[28:52] == bytes.fromhex("0003 0002") + bytes(20)
 
 
 @given(VALUES, st.binary(max_size=200))
@@ -102,6 +105,8 @@ def test_any_bytes_decode_or_are_refused(data):
         PrivateData(1, 0, Extension(2**32, 0)),
         PrivateData(1, 0, Extension(-1, 0)),
         PrivateData(1, 0, Extension(0, 2**64)),
+        PrivateData(1, 0, Extension(0, 0, 2**16)),
+        PrivateData(1, 0, Extension(0, 0, 0, -1)),
         PrivateData(1, "x"),
     ],
 )
