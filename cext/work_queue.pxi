@@ -16,6 +16,10 @@ cdef enum:
     POLL_BATCH = 32
     # Send queue entries that writes leave free for control messages and probes.
     CONTROL_RESERVE = 16
+    # Writes are posted as a list: one call of the driver, and one completion, for so many, or for
+    # so many bytes. The list is shorter than any send queue, so that one of two in it is signaled.
+    LIST_WRITES = 32
+    LIST_BYTES = 256 << 10
 
 # What is waited for.
 WAIT_RECEIVE = 1
@@ -94,8 +98,13 @@ cdef class WorkQueue:
     cdef int slots
     cdef uint32_t slot_size
     cdef uint32_t write_limit
-    cdef uint32_t writes_outstanding
+    cdef uint32_t writes_outstanding  # with those that are listed and not yet posted
     cdef uint32_t sends_outstanding
+    cdef ibv_send_wr writes[LIST_WRITES]
+    cdef ibv_sge write_entries[LIST_WRITES]
+    cdef int listed
+    cdef uint64_t listed_bytes
+    cdef uint32_t unsignaled  # posted, and counted by the completion of a write behind them
     cdef bint probe_outstanding
     cdef int64_t probe_ns
     cdef int64_t silence_ns
@@ -196,7 +205,9 @@ cdef class WorkQueue:
         sge.length = <uint32_t> length
         sge.lkey = self.region.mr.lkey
         memcpy(<void *> sge.addr, <const char *> message, length)
-        cdef int result = self.post(KIND_SEND, &sge, 1, IBV_WR_SEND, 0, 0)
+        cdef int result = self.post_writes()
+        if result == 0:
+            result = self.post(KIND_SEND, &sge, 1, IBV_WR_SEND, 0, 0)
         if result != 0:
             raise OSError(result, f"ibv_post_send: {strerror(result).decode()}")
         self.sends_outstanding += 1
@@ -218,6 +229,66 @@ cdef class WorkQueue:
         wr.remote_addr = remote
         wr.remote_key = rkey
         return ibv_post_send(self.qp, &wr, &bad)
+
+    cdef int write(self, const ibv_sge *entry, uint64_t remote, uint32_t rkey) noexcept nogil:
+        """List one write, and post the list when it is full; there is room for one more."""
+        cdef ibv_send_wr *wr = &self.writes[self.listed]
+        self.write_entries[self.listed] = entry[0]
+        memset(wr, 0, sizeof(wr[0]))
+        wr.sg_list = &self.write_entries[self.listed]
+        wr.num_sge = 1
+        wr.opcode = IBV_WR_RDMA_WRITE
+        wr.remote_addr = remote
+        wr.remote_key = rkey
+        self.listed += 1
+        self.listed_bytes += entry.length
+        self.writes_outstanding += 1
+        if self.listed == LIST_WRITES or self.listed_bytes >= LIST_BYTES:
+            return self.post_writes()
+        return 0
+
+    cdef int post_writes(self) noexcept nogil:
+        """Post what is listed; 0, or an error number: ENOMEM, and nothing is noted, for no room."""
+        cdef ibv_send_wr *bad = NULL
+        cdef int i, result, posted
+        if self.listed == 0:
+            return 0
+        if not self.is_open():
+            self.note_failure(-EBADF, KIND_WRITE, 0)
+            return EBADF
+        if (self.iwarp and self.writes_outstanding == <uint32_t> self.listed
+                and self.sends_outstanding == 0):
+            self.last_sign = monotonic_ns()  # its silence counts from the first request on
+        for i in range(self.listed):
+            self.writes[i].wr_id = <uint64_t> KIND_WRITE << KIND_SHIFT
+            self.writes[i].send_flags = 0
+            self.writes[i].next = &self.writes[i + 1]
+        i = self.listed - 1
+        # It completes when all before it have, and counts them.
+        self.writes[i].wr_id |= self.unsignaled + <uint32_t> self.listed
+        self.writes[i].send_flags = IBV_SEND_SIGNALED
+        self.writes[i].next = NULL
+        result = ibv_post_send(self.qp, &self.writes[0], &bad)
+        if result == 0:
+            self.unsignaled = 0
+            self.listed = 0
+            self.listed_bytes = 0
+            return 0
+        posted = 0
+        while posted < self.listed and &self.writes[posted] != bad:
+            posted += 1
+        if result != ENOMEM or self.writes_outstanding == <uint32_t> (self.listed - posted):
+            self.note_failure(-result, KIND_WRITE, 0)
+            return result
+        # The device's queue is shorter than it said: take what fits as the limit.
+        self.unsignaled += posted
+        self.listed -= posted
+        self.write_limit = self.writes_outstanding - self.listed
+        for i in range(self.listed):
+            self.write_entries[i] = self.write_entries[i + posted]
+            self.writes[i] = self.writes[i + posted]
+            self.writes[i].sg_list = &self.write_entries[i]
+        return ENOMEM
 
     # ---- what has arrived ----
 
@@ -269,7 +340,7 @@ cdef class WorkQueue:
             for i in range(count):
                 kind = <int> (wc[i].wr_id >> KIND_SHIFT)
                 if kind == KIND_WRITE:
-                    self.writes_outstanding -= 1
+                    self.writes_outstanding -= <uint32_t> wc[i].wr_id  # its low half
                     self.write_failed |= wc[i].status != IBV_WC_SUCCESS
                 elif kind == KIND_SEND:
                     self.sends_outstanding -= 1
@@ -310,7 +381,8 @@ cdef class WorkQueue:
             return self.sends_outstanding == 0 and not self.send_failed
         if what == _WAIT_WRITES:
             return self.writes_outstanding == 0 and not self.write_failed
-        return self.writes_outstanding < self.write_limit and not self.write_failed
+        return (self.writes_outstanding < self.write_limit and self.listed < LIST_WRITES
+                and not self.write_failed)
 
     cdef int64_t probe(self, int64_t now) noexcept nogil:
         """Look after liveness; return the time to look again, 0 for never, -1 for silence."""
@@ -354,6 +426,7 @@ cdef class WorkQueue:
         cdef timespec timeout
         while True:
             self.poll_completions()
+            self.post_writes()
             if self.satisfied(what):
                 return _DONE
             if self.has_failed:

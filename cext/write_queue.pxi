@@ -355,22 +355,14 @@ cdef class WriteQueue(PageTaker):
                   uint32_t rkey) noexcept nogil:
         """Post one write to a queue, which is waited for when it is full."""
         cdef int result
-        while True:
-            if work.has_failed:
-                return _FAILED
-            if work.writes_outstanding >= work.write_limit:
-                result = work.wait_nogil(_WAIT_ROOM, self.deadline_ns)
-                if result != _DONE:
-                    return result
-            result = work.post(KIND_WRITE, sge, 1, IBV_WR_RDMA_WRITE, remote, rkey)
-            if result == 0:
-                work.writes_outstanding += 1
-                return _DONE
-            if result != ENOMEM or work.writes_outstanding == 0:
-                work.note_failure(-result, KIND_WRITE, 0)
-                return _FAILED
-            # The device's queue is shorter than it said: take what fits as the limit.
-            work.write_limit = work.writes_outstanding
+        if work.has_failed:
+            return _FAILED
+        if not work.satisfied(_WAIT_ROOM):
+            result = work.wait_nogil(_WAIT_ROOM, self.deadline_ns)
+            if result != _DONE:
+                return result
+        work.write(sge, remote, rkey)
+        return _DONE  # it is listed: a failure to post the list shows in post_lists()
 
     cdef int flush_nogil(self) noexcept nogil:
         cdef int result
@@ -429,6 +421,10 @@ cdef class WriteQueue(PageTaker):
         while result != _DONE:
             self.resume(result)
             result = self.append(block, offset, size)
+        # Page by page, nobody knows how soon the next run ends: this one is not kept waiting.
+        result = self.post_lists()
+        if result != _DONE:
+            self.resume(result)
         self.account()
         return 0
 
@@ -466,15 +462,29 @@ cdef class WriteQueue(PageTaker):
                 done[0] += length
             i[0] += 1
             done[0] = 0
-        return _DONE
+        return self.post_lists()
 
     def flush(self) -> None:
         """Write the pending run, if there is one. Does not wait for its completion."""
-        cdef int result = self.flush_nogil()
+        cdef int result = self.finish_run()
         while result != _DONE:
             self.resume(result)
-            result = self.flush_nogil()
+            result = self.finish_run()
         self.account()
+
+    cdef int finish_run(self) noexcept nogil:
+        cdef int result = self.flush_nogil()
+        return self.post_lists() if result == _DONE else result
+
+    cdef int post_lists(self) noexcept nogil:
+        """Post what is listed; what finds no room is posted when that is waited for."""
+        cdef int i
+        for i in range(self.queues):
+            (<WorkQueue> self.works[i]).post_writes()
+            if (<WorkQueue> self.works[i]).has_failed:
+                self.blocked = i
+                return _FAILED
+        return _DONE
 
     cdef int account(self) except -1:
         cdef uint64_t size = self.bytes - self.accounted

@@ -106,6 +106,7 @@ def test_whole_migration(room, kept, pin_all):
         assert event == {
             "event": "connected", "device": DEVICE, "port": 1, "transport": "iWARP",
             "gid_index": None, "gid": None, "mtu": None, "pin_all": pin_all,
+            "connections": 1,
         }  # fmt: skip
     done = next(event for event in source.events if isinstance(event, Completed))
     assert "acknowledged" in done.confirmed
