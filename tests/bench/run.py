@@ -10,6 +10,7 @@ there is a verbs device (`make bench` boots a machine that has one).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import disk  # noqa: E402
 import empty_migration  # noqa: E402
 import figures  # noqa: E402
 import live  # noqa: E402
@@ -77,6 +79,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--assume-zero-destination, in dynamic mode of an idle guest only")  # fmt: skip
     add("--rounds", type=int, default=9, help="in each cell (default %(default)s)")
     add("--dir", type=Path, help="where snapshots go (default: a temporary directory)")
+    add(
+        "--disk-image",
+        action="store_true",
+        help="put an ext4 on a loop device there, in memory: where --dir is none on a disk; root",
+    )
     add("--out", type=Path, default=Path("test-logs/bench"),
         help="directory for bench.json, bench.md and bench.png (default %(default)s)")  # fmt: skip
     add("--no-live", action="store_true", help="leave the downtime of live sources out")
@@ -104,6 +111,7 @@ def about(arguments: list[str]) -> dict[str, Any]:
         "link": (active / "link_layer").read_text().strip(),
         "address": address,
         "mtu": None,
+        "filesystem": None,
         "qemu": version.stdout.splitlines()[0],
         "python": platform.python_version(),
     }
@@ -181,9 +189,15 @@ def main(arguments: list[str]) -> int:
     say(per_page.table(others))
     with (
         tempfile.TemporaryDirectory(prefix="rdma-mig-bench-", dir=options.dir) as directory,
+        disk.on_image(Path(directory), disk.image_size(max(options.ram)))
+        if options.disk_image
+        else contextlib.nullcontext(),
         Floor(what["address"]) as floor,
     ):
         what["mtu"] = floor.mtu
+        what["filesystem"] = disk.filesystem(Path(directory))
+        if options.disk_image:
+            what["filesystem"] += " on a loop device whose image is in memory"
         for name, value in what.items():
             say(f"{name}: {value}")
         if not options.no_live:
