@@ -23,16 +23,9 @@ from typing import Any
 from contenders import AT_REST, MODES, event_time
 from figures import interval
 from floor import Floor
-from harness import (
-    PAGE_SIZE,
-    Qemu,
-    check_counters,
-    device_address,
-    fill_random,
-    free_port,
-)
+from harness import PAGE_SIZE, Qemu, check_counters, device_address, free_port
 from live_end import Settings
-from paced import MIB, START, PacedGuest, Seen, set_pace
+from paced import MIB, START, PacedGuest, Seen, noise, set_pace
 from per_page import row, table
 
 RAM = 512 * MIB
@@ -42,10 +35,9 @@ SHARE = 0.5
 #: A guest of a QEMU keeps a pace, or not: where the processor is emulated it has little of it.
 _KEPT = 0.9
 _NO_LIMIT = 10**11
-_SECONDS = 120.0
+_SECONDS = 300.0
 # Seconds in which the pace of a guest is seen.
 _WATCH = 1.0
-_FIRMWARE = MIB
 _FLOORS = 3
 _END = Path(__file__).with_name("live_end.py")
 
@@ -96,7 +88,10 @@ class _Source:
 
     def __init__(self, qemu: Qemu) -> None:
         self.qemu = qemu
-        fill_random(qemu.memory_path, 1, START, RAM - START - _FIRMWARE)
+        with qemu.memory_path.open("r+b") as memory:
+            for start, piece in noise(RAM):
+                memory.seek(start)
+                memory.write(piece)
         qemu.set_capability("events")
         qemu.set_parameter("max-bandwidth", _NO_LIMIT)
         qemu.cont()

@@ -12,7 +12,6 @@ CLOCK_MONOTONIC, seconds.
 from __future__ import annotations
 
 import json
-import random
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import PAGE_SIZE, check_counters
-from paced import MIB, START, PacedProcess
+from paced import START, PacedProcess, noise
 
 import rdma_mig.migration as header
 from rdma_mig.errors import MigrationError
@@ -91,11 +90,9 @@ def incoming(uri: str, settings: Settings, directory: Path) -> None:
 def outgoing(uri: str, settings: Settings, directory: Path) -> None:
     """Let a guest write and send it; say when it was stopped, and how fast it was."""
     with PacedProcess(settings.ram, settings.dirty, settings.pace, directory) as guest:
-        noise = random.Random(1).randbytes(MIB)
         with guest.ram[0].memory.view() as view:
-            for start in range(START, settings.ram - MIB, MIB):
-                turned = start // MIB
-                view[start : start + MIB] = noise[turned:] + noise[:turned]
+            for start, piece in noise(settings.ram):
+                view[start : start + len(piece)] = piece
         guest.resume()
         time.sleep(_WATCH)
         state = header.MigrationState(guest=guest)

@@ -7,12 +7,14 @@ Both write the number of a pass at the start of page after page, in bursts that 
 from __future__ import annotations
 
 import ctypes
+import random
 import struct
 import subprocess
 import tempfile
 import threading
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,6 +56,18 @@ def interval_of(pace: float, ticks: float) -> int:
         ticks: of the clock, a second.
     """
     return min(max(round(BURST * PAGE_SIZE / pace * ticks), 1), _MOST)
+
+
+def noise(ram: int) -> Iterator[tuple[int, bytes]]:
+    """Return what fills the memory of both guests: where, and a MiB of noise, each another one.
+
+    The first MiB, which the guest of a QEMU runs in, are left out, and the last one, which its
+    firmware uses.
+    """
+    whole = random.Random(1).randbytes(MIB)
+    for start in range(START, ram - MIB, MIB):
+        turned = start // MIB
+        yield start, whole[turned:] + whole[:turned]
 
 
 @dataclass(frozen=True)

@@ -200,9 +200,6 @@ def main(arguments: list[str]) -> int:
             what["filesystem"] += " on a loop device whose image is in memory"
         for name, value in what.items():
             say(f"{name}: {value}")
-        if not options.no_live:
-            others += live.measure(floor, options.mode, options.rounds, say)
-            write(options.out, what, rows, others)
         for ram in options.ram:
             for content in options.content:
                 with Stage(ram, content, Path(directory) / "stage", options.timeout).set() as stage:
@@ -210,8 +207,12 @@ def main(arguments: list[str]) -> int:
                         say(f"{ram // MIB} MiB, {content}, {mode}")
                         rows += measure_cell(stage, mode, options, floor)
                         write(options.out, what, rows, others)
-    others += figures.growth(rows)
-    write(options.out, what, rows, others)
+        others += figures.growth(rows)
+        write(options.out, what, rows, others)
+        if not options.no_live:
+            # Last: a guest that does not converge ends the run.
+            others += live.measure(floor, options.mode, options.rounds, say)
+            write(options.out, what, rows, others)
     say(f"{figures.table(rows)}\n\n{per_page.table(others)}")
     targets = [*others, *(target for row in rows for target in row["targets"])]
     missed = [target for target in targets if not target["met"]]
