@@ -26,6 +26,7 @@ IN_EVERY_RUN = (
     "docker/test_docker_entrypoint.py",
     "interop/test_proof.py::test_destination_that_lacks_the_last_device_is_no_success[snapshot]",
     "interop/test_driving.py::test_guest_goes_through_a_checkpoint_into_another_qemu[pin-all]",
+    "interop/test_used_memory.py::test_memory_that_was_used_is_what_the_source_had[dynamic-half]",
     "interop/test_faults_incoming.py::test_migration_cancelled_at_the_source",
     "interop/test_faults_incoming.py::test_disk_that_is_full_leaves_the_guest_to_its_source",
     "interop/test_commands.py::test_signal_in_mid_transfer_leaves_the_guest_to_its_source[15]",

@@ -16,6 +16,7 @@ _COLOURS = {
     ("qemu", "qemu"): "#8c8c8c",
     ("qemu", "ours"): "#7fb3d5",
     ("ours", "qemu"): "#f0b27a",
+    ("ours-assuming", "qemu"): "#f7dc6f",
     ("ours", "ours"): "#27ae60",
 }
 

@@ -4,9 +4,9 @@
     command.py incoming|outgoing ARGUMENTS... --json
 
 Each event gains ``at`` (seconds of the epoch, as QEMU's own events have it), ``user`` and
-``system`` (CPU seconds so far), and ``peak`` (bytes resident at most). Two events are added, which
-people do not need: ``connecting``, right before the CM request, and ``streamed``, when the last
-byte of the stream was consumed.
+``system`` (CPU seconds so far), ``peak`` (bytes resident at most) and ``pinned`` (bytes pinned
+now). Two events are added, which people do not need: ``connecting``, right before the CM request,
+and ``streamed``, when the last byte of the stream was consumed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ from rdma_mig.migration.receive import SnapshotDestination
 from rdma_mig.transport import outgoing
 
 
-def peak() -> int:
-    """Return the bytes that were resident at most; ru_maxrss begins with the parent's."""
+def memory() -> dict[str, int]:
+    """Return the bytes that were resident at most, and those that are pinned.
+
+    As the kernel accounts them; ru_maxrss begins with the parent's.
+    """
     with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+        found = dict(line.split(":", 1) for line in status)
+    return {
+        name: int(found[key].split()[0]) << 10
+        for name, key in (("peak", "VmHWM"), ("pinned", "VmPin"))
+    }
 
 
 def stamped(event: dict[str, Any]) -> str:
@@ -38,9 +45,8 @@ def stamped(event: dict[str, Any]) -> str:
         "at": time.time(),
         "user": used.ru_utime,
         "system": used.ru_stime,
-        "peak": peak(),
     }
-    return json.dumps(event | more)
+    return json.dumps(event | more | memory())
 
 
 def print_json(_reporter: reporting.Reporter, event: dict[str, Any]) -> None:

@@ -33,12 +33,14 @@ MODES = ("pin-all", "dynamic")
 #: Source and destination.
 CONTENDERS = (("qemu", "qemu"), ("qemu", "ours"), ("ours", "qemu"), ("ours", "ours"))
 REFERENCE = CONTENDERS[0]
+#: Ours with --assume-zero-destination, beside the others where that makes a difference.
+ASSUMING = ("ours-assuming", "qemu")
 
 # QEMU's limit is on what it sends a second; this is none.
 _MAX_BANDWIDTH = 10**11
 _RAM = "pc.ram"
 # Seconds from when a destination listens until it does nothing but wait, as one does in practice.
-_AT_REST = 1.0
+AT_REST = 1.0
 _COMMAND = Path(__file__).with_name("command.py")
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -57,6 +59,7 @@ class Measured:
         user, system: CPU seconds of both ends, within the migration.
         whole: CPU seconds of both ends, with start, snapshot load and write.
         peak: the larger of the two ends' peaks of resident memory.
+        pinned: the most that the destination had pinned when it told of something.
         writes: RDMA writes, where our end is the source.
     """
 
@@ -71,6 +74,7 @@ class Measured:
     system: float = 0.0
     whole: float = 0.0
     peak: int = 0
+    pinned: int | None = None
     writes: int | None = None
 
 
@@ -156,10 +160,17 @@ class QemuUsage:
             measured.peak = max(measured.peak, int(found[1]) << 10)
 
 
-def _at(event: dict[str, Any]) -> float:
+def event_time(event: dict[str, Any]) -> float:
     """When a QMP event came."""
     stamp = event["timestamp"]
     return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
+
+
+def _soil(qemu: Qemu) -> None:
+    """Fill the memory of a QEMU that waits, as one finds it whose file was used before."""
+    with qemu.memory_path.open("r+b") as memory:
+        for _ in range(0, qemu.memory_size, MIB):
+            memory.write(b"\xff" * MIB)
 
 
 @dataclass
@@ -226,7 +237,7 @@ class Stage:
 
     def _compare(self, source: str, arrived: Buffer) -> None:
         """Compare main memory: firmware that has run hides the blocks of ROMs."""
-        ours = source == "ours"
+        ours = source != "qemu"
         sent = snapshot_blocks(self.snapshot)[_RAM] if ours else self.source.memory()
         if found := differences({_RAM: sent}, {_RAM: arrived}):
             raise RuntimeError(f"what arrived is not what was sent: {found}")
@@ -235,9 +246,10 @@ class Stage:
         """Migrate once.
 
         Args:
-            source, destination: a pair of `CONTENDERS`.
+            source, destination: a pair of `CONTENDERS`, or `ASSUMING`.
             mode: one of `MODES`.
-            check: compare every byte afterwards.
+            check: compare every byte afterwards; the memory of a QEMU that shall be zero where
+                nothing is sent is full of other bytes before.
         """
         target = self.directory / "arrived"
         try:
@@ -258,7 +270,7 @@ class Stage:
                     Ours("incoming", f"rdma:{host}:0", "--output", target, timeout=self.timeout)
                 )
                 uri = into.event("listening")["uri"]
-                time.sleep(_AT_REST)  # its second process still starts
+                time.sleep(AT_REST)  # its second process still starts
             else:
                 uri = f"rdma:{host}:{free_port()}"
                 into = enter(
@@ -268,9 +280,13 @@ class Stage:
                     )
                 )  # fmt: skip
                 into.set_capability("events")
+                if check and source != ASSUMING[0]:
+                    _soil(into)
             theirs = QemuUsage(into) if isinstance(into, Qemu) else None
-            if source == "ours":
+            if source != "qemu":
                 flags = ["--rdma-pin-all"] if mode == "pin-all" else []
+                if source == ASSUMING[0]:
+                    flags.append("--assume-zero-destination")
                 out = enter(Ours("outgoing", self.snapshot, uri, *flags, timeout=self.timeout))
                 began, ended = self._from_ours(out, into, measured)
             else:
@@ -318,10 +334,11 @@ class Stage:
     def _arrived(self, into: Ours | Qemu, measured: Measured) -> float:
         """Wait for the destination's end; return when it had consumed the stream."""
         if isinstance(into, Qemu):
-            return _at(into.wait_event("MIGRATION", status="completed"))
+            return event_time(into.wait_event("MIGRATION", status="completed"))
         measured.wall = into.join()
         measured.write = into.event("completed")["writing_seconds"]
         into.add_to(measured, "connected", "streamed")
+        measured.pinned = max(event["pinned"] for event in into.events)
         ended = float(into.event("streamed")["at"])
         measured.disk = into.event("completed")["at"] - ended
         return ended

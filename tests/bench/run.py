@@ -10,6 +10,7 @@ there is a verbs device (`make bench` boots a machine that has one).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -25,16 +26,27 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import disk  # noqa: E402
 import empty_migration  # noqa: E402
 import figures  # noqa: E402
+import live  # noqa: E402
 import per_page  # noqa: E402
 from chart import draw  # noqa: E402
-from contenders import CONTENDERS, CONTENTS, MODES, REFERENCE, Measured, Stage  # noqa: E402
+from contenders import (  # noqa: E402
+    ASSUMING,
+    CONTENDERS,
+    CONTENTS,
+    MODES,
+    REFERENCE,
+    Measured,
+    Stage,
+)
 from floor import Floor, FloorRound  # noqa: E402
 from harness import device_address, qemu_binary  # noqa: E402
 
 MIB = 1 << 20
 _UNITS = {"M": MIB, "G": 1 << 30}
+_CONTENDERS = (*CONTENDERS, ASSUMING)
 
 
 def size(text: str) -> int:
@@ -47,10 +59,10 @@ def size(text: str) -> int:
 
 def pair(text: str) -> tuple[str, str]:
     """Read a contender such as ours-qemu."""
-    source, _, destination = text.partition("-")
-    if (source, destination) not in CONTENDERS:
+    source, _, destination = text.rpartition("-")
+    if (source, destination) not in _CONTENDERS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join('-'.join(c) for c in CONTENDERS)}"
+            f"{text!r} is none of {', '.join('-'.join(c) for c in _CONTENDERS)}"
         )
     return source, destination
 
@@ -62,17 +74,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="RAM of the guest (default: 256M 1G 2G)")  # fmt: skip
     add("--content", nargs="+", choices=CONTENTS, default=["idle", "random", "half"])
     add("--mode", nargs="+", choices=MODES, default=["pin-all", "dynamic"])
-    add("--contenders", nargs="+", type=pair, default=list(CONTENDERS), metavar="FROM-TO",
-        help="such as ours-qemu; qemu-qemu, the reference, always runs")  # fmt: skip
+    add("--contenders", nargs="+", type=pair, default=list(_CONTENDERS), metavar="FROM-TO",
+        help="such as ours-qemu; qemu-qemu, the reference, always runs; ours-assuming-qemu, with "
+        "--assume-zero-destination, in dynamic mode of an idle guest only")  # fmt: skip
     add("--rounds", type=int, default=9, help="in each cell (default %(default)s)")
     add("--dir", type=Path, help="where snapshots go (default: a temporary directory)")
+    add(
+        "--disk-image",
+        action="store_true",
+        help="put an ext4 on a loop device there, in memory: where --dir is none on a disk; root",
+    )
     add("--out", type=Path, default=Path("test-logs/bench"),
         help="directory for bench.json, bench.md and bench.png (default %(default)s)")  # fmt: skip
+    add("--no-live", action="store_true", help="leave the downtime of live sources out")
     add("--timeout", type=float, default=300, help="of one migration, seconds")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
-    options.contenders = [c for c in CONTENDERS if c == REFERENCE or c in options.contenders]
+    options.contenders = [c for c in _CONTENDERS if c == REFERENCE or c in options.contenders]
     return options
 
 
@@ -92,6 +111,7 @@ def about(arguments: list[str]) -> dict[str, Any]:
         "link": (active / "link_layer").read_text().strip(),
         "address": address,
         "mtu": None,
+        "filesystem": None,
         "qemu": version.stdout.splitlines()[0],
         "python": platform.python_version(),
     }
@@ -113,13 +133,15 @@ def measure_cell(
     stage: Stage, mode: str, options: argparse.Namespace, floor: Floor
 ) -> list[dict[str, Any]]:
     """Run one cell; return its rows."""
-    rounds: dict[tuple[str, str], list[Measured]] = {c: [] for c in options.contenders}
+    zeros = (stage.content, mode) == ("idle", "dynamic")
+    contenders = [c for c in options.contenders if c != ASSUMING or zeros]
+    rounds: dict[tuple[str, str], list[Measured]] = {c: [] for c in contenders}
     floors: list[FloorRound] = []
     copies: list[float] = []
     for number in range(-1, options.rounds):
         # Each round begins with another one: nobody always comes after the same.
-        turn = max(number, 0) % len(options.contenders)
-        for contender in options.contenders[turn:] + options.contenders[:turn]:
+        turn = max(number, 0) % len(contenders)
+        for contender in contenders[turn:] + contenders[:turn]:
             measured = stage.run(*contender, mode, check=number < 0)
             if number >= 0:
                 rounds[contender].append(measured)
@@ -137,7 +159,7 @@ def measure_cell(
     cell = {"ram": stage.ram, "content": stage.content, "mode": mode, "data": stage.data}
     return [
         figures.row(cell, contender, rounds[contender], rounds[REFERENCE], floors, copies)
-        for contender in options.contenders
+        for contender in contenders
     ]
 
 
@@ -167,9 +189,15 @@ def main(arguments: list[str]) -> int:
     say(per_page.table(others))
     with (
         tempfile.TemporaryDirectory(prefix="rdma-mig-bench-", dir=options.dir) as directory,
+        disk.on_image(Path(directory), disk.image_size(max(options.ram)))
+        if options.disk_image
+        else contextlib.nullcontext(),
         Floor(what["address"]) as floor,
     ):
         what["mtu"] = floor.mtu
+        what["filesystem"] = disk.filesystem(Path(directory))
+        if options.disk_image:
+            what["filesystem"] += " on a loop device whose image is in memory"
         for name, value in what.items():
             say(f"{name}: {value}")
         for ram in options.ram:
@@ -179,8 +207,12 @@ def main(arguments: list[str]) -> int:
                         say(f"{ram // MIB} MiB, {content}, {mode}")
                         rows += measure_cell(stage, mode, options, floor)
                         write(options.out, what, rows, others)
-    others += figures.growth(rows)
-    write(options.out, what, rows, others)
+        others += figures.growth(rows)
+        write(options.out, what, rows, others)
+        if not options.no_live:
+            # Last: a guest that does not converge ends the run.
+            others += live.measure(floor, options.mode, options.rounds, say)
+            write(options.out, what, rows, others)
     say(f"{figures.table(rows)}\n\n{per_page.table(others)}")
     targets = [*others, *(target for row in rows for target in row["targets"])]
     missed = [target for target in targets if not target["met"]]

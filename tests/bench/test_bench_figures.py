@@ -6,8 +6,8 @@ from __future__ import annotations
 from math import comb
 
 import pytest
-from contenders import Measured
-from figures import GIB, Ratio, Target, floor_seconds, growth, interval, row
+from contenders import ASSUMING, Measured
+from figures import GIB, Ratio, Target, floor_seconds, growth, interval, row, table
 from floor import FloorRound
 
 
@@ -56,6 +56,33 @@ def test_row_pairs_the_rounds(ram, judged):
     assert found["ratios"]["user"]["median"] == pytest.approx(0.1)
     assert found["cpu_seconds_per_gib"] == pytest.approx(0.5 * GIB / ram)
     assert len(found["targets"]) == judged
+
+
+def test_pinned_memory_of_a_destination_has_to_be_all_of_it():
+    reference = [Measured(total=1.0)]
+    cell = {"ram": GIB, "content": "idle", "mode": "pin-all", "data": 0}
+    for pinned, met in [(GIB + 4096, True), (GIB - 4096, False)]:
+        ours = [Measured(total=0.4, pinned=pinned)]
+        found = row(cell, ("ours", "ours"), ours, reference, [FloorRound(0.4, 0.2)], [0.0])
+        assert [t["met"] for t in found["targets"] if t["what"] == "pinned"] == [met]
+        assert {t["what"] for t in found["targets"]} == {"floor", "qemu", "pinned"}
+
+
+def test_zeros_that_are_assumed_have_a_target_of_their_own():
+    cell = {"ram": GIB, "content": "idle", "mode": "dynamic", "data": 0}
+    measured = ([Measured(total=0.1)], [Measured(total=1.0)], [FloorRound(0.4, 0.2)], [0.0])
+    for pair, limit in [(ASSUMING, 0.03), (("ours", "qemu"), 0.35)]:
+        found = row(cell, pair, *measured)
+        assert [(t["what"], t["limit"]) for t in found["targets"]] == [("qemu", limit)]
+
+
+@pytest.mark.parametrize(("user", "shown"), [(0.25, "0.25 + 1.00"), (0.0, "1.00")])
+def test_cpu_seconds_are_told_apart_where_the_kernel_does(user, shown):
+    cell = {"ram": GIB, "content": "idle", "mode": "dynamic", "data": 0}
+    busy = [Measured(total=1.0, user=user, system=1.0)]
+    found = row(cell, ("ours", "ours"), busy, busy, [FloorRound(0.4, 0.2)], [0.0])
+    assert found["system_seconds_per_gib"] == (1.0 if user else None)
+    assert f"| {shown} |" in table([found])
 
 
 def test_growth_compares_the_pace_of_the_largest_with_that_of_the_smallest():

@@ -350,7 +350,7 @@ class Qemu:
         async def awaited() -> dict[str, Any]:
             while True:
                 event = dict(await monitor.client.events.get())
-                if event["event"] == name and data.items() <= event["data"].items():
+                if event["event"] == name and data.items() <= event.get("data", {}).items():
                     return event
 
         return self._talk(f"event {name} {data}", awaited(), deadline)
