@@ -68,11 +68,16 @@ class GuestRam(Closing):
     Args:
         blocks: in stream order. The memory is allocated here, and costs nothing until touched.
 
+    Attributes:
+        at_rest: nobody writes to it any more until it is closed, as when it was loaded from a
+            snapshot: what is zero stays zero.
+
     Raises:
         HostError: the memory cannot be had.
     """
 
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self.at_rest = False
         self._blocks: list[GuestBlock] = []
         offset = 0
         try:

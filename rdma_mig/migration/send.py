@@ -87,6 +87,7 @@ class SnapshotSource:
                 lambda: migration.cancellation.requested,
                 progress=progress,
             )
+        self.ram.at_rest = True
         self._load_seconds = time.monotonic() - began
 
     def save(self, migration: Migration, file: QEMUFile, transport: SourceTransport) -> None:

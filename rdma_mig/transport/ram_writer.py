@@ -49,6 +49,14 @@ def _name(guest: GuestBlock) -> str:
     return f"RAM block {guest.block.idstr}"
 
 
+def _data_extents(guest: GuestBlock) -> array[int]:
+    """Return (start, length) of what has pages in a block's memory, one after the other."""
+    extents = array("Q")
+    for start, end in guest.memory.data_extents(guest.block.length, CHUNK_SIZE):
+        extents.extend((start, end - start))
+    return extents
+
+
 class RamWriter:
     """Writes guest RAM to the destination's; used from one thread, the connection's.
 
@@ -96,6 +104,7 @@ class RamWriter:
         self._trace = endpoint.trace
         self._zero_bytes = 0
         self._records: list[RamBlockRecord] = []
+        self._extents: list[array[int]] = []
         self.queue = self._verbs.WriteQueue(
             endpoint.queue,
             beside=[other.queue for other in beside],
@@ -157,9 +166,7 @@ class RamWriter:
         length = guest.block.length
         extents = array("Q", [0, length])
         if self._records[guest.index].fresh:
-            extents = array("Q")
-            for start, end in guest.memory.data_extents(length, CHUNK_SIZE):
-                extents.extend((start, end - start))
+            extents = self._extents[guest.index] if self._extents else _data_extents(guest)
         sent = self._save_runs(guest, memoryview(extents)) if extents else 0
         if sent < length:
             self._zero_bytes += length - sent
@@ -265,6 +272,10 @@ class RamWriter:
         def register() -> None:
             if not self._pin_all:
                 return
+            if self._ram.at_rest:
+                # Populated memory has no holes any more, and is looked through for zeros, which
+                # touches all of it.
+                self._extents = [_data_extents(guest) for guest in self._ram]
             populating = time.monotonic()
             self._ram.populate(lambda: self._cancel.requested)
             if self._trace is not None:

@@ -12,6 +12,8 @@ import snapshot_kit
 from hooks_kit import Destination
 
 from rdma_mig.memory import RamBlock
+from rdma_mig.transport import outgoing
+from rdma_mig.transport.ram_writer import RamWriter
 from rdma_mig.wire.control import (
     ControlMessage,
     ControlType,
@@ -91,6 +93,34 @@ def test_zeros_are_sent_to_blocks_only_that_are_not_zero(kept, pin_all):
     assert zeros == (set() if pin_all else {1})
     done = out.events[-1]
     assert done.duplicate_pages == (1 if pin_all else 2) * kit.MIB // 4096
+
+
+@MODES
+def test_what_a_snapshot_has_not_is_not_looked_at(tmp_path, pin_all, monkeypatch):
+    """All of a source's memory is populated with pin-all; that it is zero is known from before."""
+    with snapshot_kit.guest(HOLES) as memories:
+        with memories[0].view() as view:
+            view[kit.MIB : kit.MIB + 4096] = snapshot_kit.noise(4096)
+        kept = snapshot_kit.keep(tmp_path / "kept", memories, HOLES)
+    writers = []
+
+    class Noted(RamWriter):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            writers.append(self)
+
+    monkeypatch.setattr(outgoing, "RamWriter", Noted)
+    with kit.RawListener() as listener, kit.outgoing(kept, listener.uri, pin_all=pin_all) as out:
+        there = destination(
+            listener, HOLES, pin_all=pin_all, features=FEATURE_FRESH_BLOCKS, fresh={0}
+        )
+        listener.peer.endpoint.disconnect()
+        out.succeed()
+        check_equal(kept, there, HOLES)
+    [writer] = writers
+    assert writer.zero_bytes == 7 * kit.MIB
+    assert writer.queue.zero_bytes == 0, "these were looked at"
+    assert out.events[-1].writes == 1
 
 
 @MODES
