@@ -38,7 +38,7 @@ REFERENCE = CONTENDERS[0]
 _MAX_BANDWIDTH = 10**11
 _RAM = "pc.ram"
 # Seconds from when a destination listens until it does nothing but wait, as one does in practice.
-_AT_REST = 1.0
+AT_REST = 1.0
 _COMMAND = Path(__file__).with_name("command.py")
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -75,16 +75,19 @@ class Measured:
 
 
 class Ours:
-    """An ``rdma-migrate`` with stamped events; a context manager that kills it."""
+    """An ``rdma-migrate`` with stamped events; a context manager that kills it.
 
-    def __init__(self, *arguments: str | Path, timeout: float) -> None:
+    With ``script``, that of a user is run instead, whose events are not stamped.
+    """
+
+    def __init__(self, *arguments: str | Path, timeout: float, script: Path = _COMMAND) -> None:
         self._end = time.monotonic() + timeout
         self._what = f"rdma-migrate {arguments[0]}"
         self._rest = b""
         self.began = time.time()
         self.events: list[dict[str, Any]] = []
         self._process = subprocess.Popen(
-            [sys.executable, str(_COMMAND), *map(str, arguments), "--json"],
+            [sys.executable, str(script), *map(str, arguments), "--json"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -258,7 +261,7 @@ class Stage:
                     Ours("incoming", f"rdma:{host}:0", "--output", target, timeout=self.timeout)
                 )
                 uri = into.event("listening")["uri"]
-                time.sleep(_AT_REST)  # its second process still starts
+                time.sleep(AT_REST)  # its second process still starts
             else:
                 uri = f"rdma:{host}:{free_port()}"
                 into = enter(
