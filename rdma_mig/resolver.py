@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from typing import Any
@@ -24,6 +25,15 @@ def _with_scope(family: int, found: tuple[Any, ...]) -> SockAddr:
     return family, host, port
 
 
+def _is_address(host: str) -> bool:
+    """Whether it is an IP address and no name; one with a zone may be either."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            socket.inet_pton(family, host)
+            return True
+    return False
+
+
 def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[SockAddr]:
     """Look a name up.
 
@@ -36,10 +46,13 @@ def resolve(host: str, port: int, cancel: Cancel, deadline: Deadline) -> list[So
         MigrationCancelled: it was cancelled.
     """
     outcome: list[list[SockAddr] | OSError | UnicodeError] = []
+    # For a str Python loads the codec for international names, whatever is in it. An address needs
+    # none, and no name is in the way of one.
+    name = host.encode("ascii") if _is_address(host) else host
 
     def look_up() -> None:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
             outcome.append([_with_scope(int(f), a) for f, _, _, _, a in found])
         except (OSError, UnicodeError) as error:
             outcome.append(error)

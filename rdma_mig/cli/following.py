@@ -7,14 +7,16 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rdma_mig.cli.reporting import Reporter, tracing_to
 from rdma_mig.errors import MigrationError
-from rdma_mig.metrics.figures import Figures
-from rdma_mig.metrics.prometheus import Exporter
-from rdma_mig.migration.events import MigrationEvent
 from rdma_mig.migration.state import Migration
 from rdma_mig.tracing import Observer, Observers
+
+if TYPE_CHECKING:
+    from rdma_mig.metrics.figures import Figures
+    from rdma_mig.migration.events import MigrationEvent
 
 __all__ = ["Followers", "following"]
 
@@ -76,6 +78,9 @@ def following(
         stack.callback(reporter.close)
         figures = None
         if args.metrics_file is not None or args.metrics_port is not None:
+            from rdma_mig.metrics.figures import Figures
+            from rdma_mig.metrics.prometheus import Exporter
+
             figures = Figures()
             exporter = stack.enter_context(
                 Exporter(

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from rdma_mig.cli.following import following
     from rdma_mig.cli.reporting import Reporter, drive
     from rdma_mig.cli.signals import cancelled_by_signals
-    from rdma_mig.migration.channels import ChannelOptions
+    from rdma_mig.migration.options import ChannelOptions
     from rdma_mig.migration.send import SnapshotSource
     from rdma_mig.migration.uris import qemu_start_outgoing_migration
     from rdma_mig.snapshot import Snapshot

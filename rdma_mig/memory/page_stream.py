@@ -267,7 +267,7 @@ class PageWriter:
     def __init__(self, ram: GuestRam, xbzrle: XbzrleCache | None = None) -> None:
         self._ram = ram
         self._xbzrle = xbzrle
-        self._out = bytearray(PIECE_SIZE)
+        self._out = bytearray()
         self._counts = array("Q", bytes(8 * _stream.COUNTERS))
         self._stage = Stage.ROUND
         self.stage = Stage.FIRST
@@ -302,6 +302,9 @@ class PageWriter:
             names the block, so that anything may come in between. The memory is used again: be
             done with a piece before you ask for the next.
         """
+        if not self._out:
+            # Not before: a transport that takes pages itself needs none of it.
+            self._out = bytearray(PIECE_SIZE)
         guest = self._ram[index]
         pages = guest.block.length // TARGET_PAGE_SIZE
         name = _name(guest)

@@ -9,7 +9,6 @@ rest runs on the migration's worker thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rdma_mig.channel.files import FileReader, FileWriter
 from rdma_mig.channel.link import Link, inherited_link
@@ -22,9 +21,10 @@ from rdma_mig.migration.clients import client_guard, warn_if_open
 from rdma_mig.migration.engines import Process, Save, incoming_engine, outgoing_engine
 from rdma_mig.migration.events import Connected, Listening
 from rdma_mig.migration.failures import complete_failure
+from rdma_mig.migration.options import ChannelOptions
 from rdma_mig.migration.running import run_engine
 from rdma_mig.migration.state import Migration, MigrationState, MigrationStatus
-from rdma_mig.waits import Deadline, TransportLimits
+from rdma_mig.waits import Deadline
 from rdma_mig.wire.return_path import RETURN_PATH_PING
 from rdma_mig.wire.uri import (
     ExecAddress,
@@ -52,30 +52,6 @@ __all__ = [
     "unix_start_incoming_migration",
     "unix_start_outgoing_migration",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelOptions:
-    """Options of a migration over a plain channel.
-
-    Attributes:
-        return_path: let the destination say on the same socket how it ended; None for where there
-            is a socket. Outgoing only, since a destination takes what the source opens.
-        total_seconds: limit on the whole migration; None for none.
-        stall_seconds: how long a peer may say or take nothing; None for ever.
-        allow: networks that a source may come from, over TCP; none for everywhere. Incoming only.
-        accept_seconds: limit on the wait for a source; None for none.
-    """
-
-    return_path: bool | None = None
-    total_seconds: float | None = None
-    stall_seconds: float | None = None
-    allow: tuple[str, ...] = ()
-    accept_seconds: float | None = None
-
-    def limits(self) -> TransportLimits:
-        """Make the limits of a migration that begins now."""
-        return TransportLimits(self.total_seconds, self.stall_seconds)
 
 
 def start_incoming(

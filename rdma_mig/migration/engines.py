@@ -2,7 +2,8 @@
 """What ``*_start_*`` functions run when nothing else is given: the header's one migration.
 
 In the header they take neither an engine nor RAM, and destinations not even a state: QEMU has one
-machine and one migration. Here that is what `migrate_get_current` returns, and its guest.
+machine and one migration. Here that is what `migrate_get_current` returns, and its guest. The
+engines for it are loaded when they are needed: who brings one starts without them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import TypeVar
 
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.transport import DestinationTransport, SourceTransport
-from rdma_mig.migration.current import migrate_fd_connect, process_incoming_migration
 from rdma_mig.migration.notifiers import require_unblocked
 from rdma_mig.migration.state import Migration, migrate_get_current
 from rdma_mig.migration.status import MigrationState
@@ -47,6 +47,8 @@ def incoming_engine(
     if process is not None:
         return migration, process
     migration.state.require_guest()
+    from rdma_mig.migration.current import process_incoming_migration
+
     return migration, lambda _migration, file, _transport: process_incoming_migration(file)
 
 
@@ -73,6 +75,8 @@ def outgoing_engine(
     if save is not None:
         return migration, save
     migration.state.require_guest()
+    from rdma_mig.migration.current import migrate_fd_connect
+
     return migration, lambda work, _file, _transport: migrate_fd_connect(
         work.state, total_seconds=total_seconds
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from rdma_mig.channel.qemufile import QEMUFile
 from rdma_mig.channel.transport import AT_SOURCE
@@ -22,7 +23,6 @@ from rdma_mig.migration.failures import complete_failure
 from rdma_mig.migration.running import run_engine
 from rdma_mig.migration.state import Migration
 from rdma_mig.migration.status import MigrationCapability, MigrationState, MigrationStatus
-from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 from rdma_mig.transport.outgoing import STREAM_MESSAGE, RdmaOutgoing
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.verbs.host import require_rdma
@@ -32,6 +32,9 @@ from rdma_mig.waits import Deadline, TransportLimits
 from rdma_mig.wire.address import RdmaAddress
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD
 from rdma_mig.wire.handshake import MAX_CONNECTIONS
+
+if TYPE_CHECKING:
+    from rdma_mig.transport.incoming import IncomingListener, RdmaIncoming
 
 __all__ = ["RdmaOptions", "rdma_start_incoming_migration", "rdma_start_outgoing_migration"]
 
@@ -110,6 +113,8 @@ def rdma_start_incoming_migration(
         HostError: this host cannot listen there, or has no RDMA.
         LocalProtocolError: another migration is under way.
     """
+    from rdma_mig.transport.incoming import IncomingListener
+
     options = options or RdmaOptions()
     address = RdmaAddress.parse(_uri(host_port), listening=True)
     migration, load_stream = incoming_engine(migration, process)

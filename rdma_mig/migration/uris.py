@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Migrations to and from any URI: the transport follows from its scheme."""
+"""Migrations to and from any URI: the transport follows from its scheme, and is loaded then."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rdma_mig.memory.ram import GuestRam
-from rdma_mig.migration.channels import ChannelOptions, start_incoming, start_outgoing
-from rdma_mig.migration.engines import Process, Save
+from rdma_mig.migration.options import ChannelOptions
 from rdma_mig.migration.state import Migration, MigrationState
 from rdma_mig.migration.status import MigrationCapability
 from rdma_mig.wire.uri import RdmaAddress, parse_uri
 
 if TYPE_CHECKING:
+    from rdma_mig.memory.ram import GuestRam
+    from rdma_mig.migration.engines import Process, Save
     from rdma_mig.migration.rdma import RdmaOptions
 
 __all__ = ["qemu_start_incoming_migration", "qemu_start_outgoing_migration"]
@@ -48,6 +48,8 @@ def qemu_start_incoming_migration(
     address = parse_uri(uri, listening=True)
     options = options or ChannelOptions()
     if not isinstance(address, RdmaAddress):
+        from rdma_mig.migration.channels import start_incoming
+
         return start_incoming(address, migration=migration, process=process, options=options)
     from rdma_mig.migration.rdma import rdma_start_incoming_migration
 
@@ -86,6 +88,8 @@ def qemu_start_outgoing_migration(
     address = parse_uri(uri, listening=False)
     options = options or ChannelOptions()
     if not isinstance(address, RdmaAddress):
+        from rdma_mig.migration.channels import start_outgoing
+
         start_outgoing(state, address, save=save, options=options)
         return
     from rdma_mig.migration.rdma import RdmaOptions, rdma_start_outgoing_migration

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import shlex
 import warnings
@@ -233,8 +234,10 @@ class Snapshot(Closing):
             zeros = bytes(CHUNK_SIZE)
             extent = array("q", [0, 0])
             # Not straight into guest memory: what the processor has in its cache is hashed and
-            # copied sooner than a page fault for each page takes.
-            buffer = stack.enter_context(memoryview(bytearray(CHUNK_SIZE)))
+            # copied sooner than a page fault for each page takes. A mapping of its own: where there
+            # are holes none of its pages are touched.
+            fresh = stack.enter_context(mmap.mmap(-1, CHUNK_SIZE))
+            buffer = stack.enter_context(memoryview(fresh))
             for chunk in range(chunk_count(block.length)):
                 if should_stop is not None and should_stop():
                     raise MigrationCancelled(

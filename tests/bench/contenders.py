@@ -79,16 +79,19 @@ class Measured:
 
 
 class Ours:
-    """An ``rdma-migrate`` with stamped events; a context manager that kills it."""
+    """An ``rdma-migrate`` with stamped events; a context manager that kills it.
 
-    def __init__(self, *arguments: str | Path, timeout: float) -> None:
+    With ``script``, that of a user is run instead, whose events are not stamped.
+    """
+
+    def __init__(self, *arguments: str | Path, timeout: float, script: Path = _COMMAND) -> None:
         self._end = time.monotonic() + timeout
         self._what = f"rdma-migrate {arguments[0]}"
         self._rest = b""
         self.began = time.time()
         self.events: list[dict[str, Any]] = []
         self._process = subprocess.Popen(
-            [sys.executable, str(_COMMAND), *map(str, arguments), "--json"],
+            [sys.executable, str(script), *map(str, arguments), "--json"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip
 

@@ -76,6 +76,10 @@ def _importable_by_everybody(tmp_path_factory: pytest.TempPathFactory) -> Iterat
             patch.setenv("PYTHONPATH", str(target), prepend=":")
             patch.setenv("PYTHONSAFEPATH", "1")
             patch.setenv("MESONPY_EDITABLE_SKIP", ":".join(str(f._build_path) for f in finders))
+            for finder in finders:
+                # Under another name of the same directory this process goes on with it: modules are
+                # loaded when they are needed.
+                patch.setattr(finder, "_build_path", f"{finder._build_path}/.")
         yield
 
 
