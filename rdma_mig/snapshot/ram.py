@@ -53,6 +53,8 @@ _WRITEBACK: Final = 64 << 20
 # Pages that are touched to see how long that takes, and how many seconds for one are slow.
 _PROBED: Final = 32
 _SLOW_FAULT: Final = 10e-6
+# Bytes that space is set aside for at one go: it can be cancelled in between.
+_RESERVED: Final = 64 << 20
 # Pages of a chunk that are looked at first.
 _GLANCES: Final = 4
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -109,13 +111,22 @@ def reserve_block(
     with _fs.closing(os.open(digest_file(index), _REOPEN, dir_fd=ram)) as fd:
         _fs.set_aside(fd, digest_size(block))
     with _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd:
+        # Start and end of chunks in a row that get space for all of them, at one go.
+        begin = end = 0
+
+        def reserve_run() -> None:
+            if end > begin:
+                _fs.checked(_pages.reserve_space(fd, begin, end - begin))
 
         def whole(start: int, size: int) -> bool:
-            nonlocal total, exact
+            nonlocal total, exact, begin, end
             _check(stop, "setting disk space aside for", block)
             if not _data_at_a_glance(memory, start, size):
                 return False
-            _fs.checked(_pages.reserve_space(fd, start, size))
+            if start != end or start - begin >= _RESERVED:
+                reserve_run()
+                begin = start
+            end = start + size
             total += size
             exact = False
             return True
@@ -125,6 +136,7 @@ def reserve_block(
             for _, start, part in chunks:
                 _check(stop, "setting disk space aside for", block)
                 total += _fs.checked(_pages.allocate_data(fd, part, start, TARGET_PAGE_SIZE))
+        reserve_run()
     return Room(total, exact)
 
 
