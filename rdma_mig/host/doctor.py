@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from rdma_mig.host import adapters, machine
 from rdma_mig.host.findings import Finding, Report
+from rdma_mig.host.modules import modules
 
 __all__ = ["examine"]
 
@@ -25,6 +26,7 @@ def examine(*, ram: int | None = None, device: str | None = None, qmp: str | Non
 
 def _findings(ram: int | None, device: str | None, qmp: str | None) -> Iterator[Finding]:
     yield from machine.kernel()
+    yield from modules()
     yield from adapters.libraries()
     yield from adapters.access()
     yield from adapters.adapters(device, ram)

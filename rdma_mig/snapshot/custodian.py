@@ -29,7 +29,7 @@ from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.entrusted import DONE, READY, TAKEN, Entrusted
 from rdma_mig.snapshot.leftovers import name_incomplete
 from rdma_mig.snapshot.manifest import RAM, WRITTEN, BlockRecord, ram_file
-from rdma_mig.snapshot.ram import write_block
+from rdma_mig.snapshot.ram import Room, write_block
 from rdma_mig.snapshot.recovery import LEFT, complete, note_written, state_is_whole
 from rdma_mig.words import printable
 
@@ -96,9 +96,11 @@ def _write_ram(entrusted: Entrusted, left: Path) -> None:
                 _fs.failing("write", left / RAM / ram_file(index)),
                 GuestMemory.adopt(fd, record.block.idstr) as memory,
             ):
+                # Whether each page was looked at is not handed over.
+                room = Room(record.block.length, exact=False)
                 records.append(
                     write_block(
-                        ram, index, record.block, memory, stop=None, progress=None, trim=True
+                        ram, index, record.block, memory, stop=None, progress=None, room=room
                     )
                 )
     note_written(entrusted.directory, replace(entrusted.manifest, blocks=tuple(records)))

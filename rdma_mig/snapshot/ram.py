@@ -10,6 +10,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Generator
+from enum import Enum, auto
 from typing import Final, NamedTuple
 
 import xxhash
@@ -32,6 +33,7 @@ from rdma_mig.words import printable
 __all__ = [
     "DIGEST_SIZE",
     "WINDOW",
+    "Look",
     "Progress",
     "Room",
     "Stop",
@@ -64,16 +66,29 @@ Stop = Callable[[], bool] | None
 Progress = Callable[[int], None] | None
 
 
+class Look(Enum):
+    """How closely memory is looked at before disk space is set aside for it."""
+
+    NONE = auto()
+    """Space for all that has pages, zero or not: no page is touched."""
+    GLANCE = auto()
+    """Where looking takes long, space for all of a chunk of which a few pages are not all zero."""
+    EVERY_PAGE = auto()
+    """Space for pages that are not zero, and no others."""
+
+
 class Room(NamedTuple):
     """Space that was set aside for RAM.
 
     Attributes:
         size: bytes.
         exact: it is for pages that are not zero, and for no others.
+        whole: it is for all chunks that have pages.
     """
 
     size: int
     exact: bool
+    whole: bool = False
 
 
 def digest_size(block: RamBlock) -> int:
@@ -95,12 +110,12 @@ def reserve_block(
     memory: GuestMemory,
     stop: Stop,
     *,
-    exactly: bool,
+    look: Look,
 ) -> Room:
     """Set disk space aside for a block's pages that are not zero, and for its digests.
 
-    Where looking at every page takes long and ``exactly`` is not asked for, a chunk that is not
-    zero at a first glance gets space for all of it; `write_block` gives back what it does not use.
+    Where not every page is looked at there is some for others too; `write_block` gives back what it
+    does not use.
 
     OSError is the file system's; nothing is undone.
     """
@@ -131,7 +146,15 @@ def reserve_block(
             exact = False
             return True
 
-        done = None if exactly else whole
+        if look is Look.NONE:
+            for first, last in memory.data_extents(block.length, CHUNK_SIZE):
+                for start in range(first, last, _RESERVED):
+                    _check(stop, "setting disk space aside for", block)
+                    size = min(_RESERVED, last - start)
+                    total += size
+                    _fs.checked(_pages.reserve_space(fd, start, size))
+            return Room(total, exact=False, whole=True)
+        done = whole if look is Look.GLANCE else None
         with contextlib.closing(_chunks_with_data(block, memory, done)) as chunks:
             for _, start, part in chunks:
                 _check(stop, "setting disk space aside for", block)
@@ -166,12 +189,14 @@ def write_block(
     *,
     stop: Stop,
     progress: Progress,
-    trim: bool,
+    room: Room,
 ) -> BlockRecord:
     """Write a block's pages that are not zero with the digests of its chunks, and fsync both.
 
-    With ``trim`` space for the others is given back: not each page was looked at before.
+    Space that was set aside for others is given back. ``progress`` is told of bytes of the room
+    that are done with, in no more than a MiB each time.
     """
+    trim = not room.exact
     written = flushed = 0
     with (
         _fs.closing(os.open(ram_file(index), _REOPEN, dir_fd=ram)) as fd,
@@ -185,6 +210,8 @@ def write_block(
             if trim and size < len(part):
                 # Where it cannot be given back, it stays so.
                 _pages.punch_zeros(fd, part, start, TARGET_PAGE_SIZE)
+            if progress is not None and (size or room.whole):
+                progress(len(part) if room.whole else size)
             if not size:
                 continue
             digests.put(chunk, xxhash.xxh3_128_digest(part))
@@ -193,8 +220,6 @@ def write_block(
                 # So that the disk works while we do, and the fsync has little left to wait for.
                 _pages.start_writeback(fd, flushed, start - flushed)
                 flushed = start
-            if progress is not None:
-                progress(size)
         total = digests.finish(chunk_count(block.length))
         os.fsync(fd)
         os.fsync(digest_fd)

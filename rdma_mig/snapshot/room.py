@@ -12,6 +12,7 @@ from rdma_mig.errors import SnapshotError
 from rdma_mig.memory import GuestMemory, RamBlock
 from rdma_mig.snapshot import _fs
 from rdma_mig.snapshot.ram import (
+    Look,
     Room,
     Stop,
     clear_block,
@@ -37,9 +38,9 @@ def make_room(
 ) -> Room:
     """Create the files of RAM, and set blocks of the file system aside for all that follows.
 
-    Where every page of RAM was looked at, that is what its pages that are not zero need; it may be
-    a little more, where looking takes long and there is room. A file system that cannot reserve is
-    only asked how much is free now.
+    Where every page of RAM was looked at, that is what its pages that are not zero need. Looking
+    takes its time, in which the guest stands still: where there is room it may be more, until the
+    snapshot is written. A file system that cannot reserve is only asked how much is free now.
 
     Args:
         path: the snapshot's, for messages.
@@ -55,15 +56,16 @@ def make_room(
         before = os.fstatvfs(ram)
         for index, (block, _) in enumerate(blocks):
             create_block(ram, index, block)
+    look = Look.NONE if _is_roomy(ram, before, blocks) else Look.GLANCE
     try:
         try:
-            return _set_aside(ram, blocks, others, should_stop, exactly=False)
+            return _set_aside(ram, blocks, others, should_stop, look)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
         for index, (block, _) in enumerate(blocks):
             clear_block(ram, index, block)
-        return _set_aside(ram, blocks, others, should_stop, exactly=True)
+        return _set_aside(ram, blocks, others, should_stop, Look.EVERY_PAGE)
     except OSError as error:
         code = error.errno
         if code not in _FULL and code not in _CANNOT_RESERVE:
@@ -78,21 +80,37 @@ def make_room(
         raise _no_space(path, code, need, free) from error
 
 
+def _is_roomy(
+    ram: int, free: os.statvfs_result, blocks: Sequence[tuple[RamBlock, GuestMemory]]
+) -> bool:
+    """Whether space for all RAM costs little, and leaves as much again to whoever else needs some.
+
+    It costs little on a block device: blocks are marked. Where files lie in memory, each page is
+    allocated and cleared.
+    """
+    on_a_device = os.major(os.fstat(ram).st_dev) != 0
+    whole = sum(block.length for block, _ in blocks)
+    return on_a_device and 2 * whole <= free.f_bavail * free.f_frsize
+
+
 def _set_aside(
     ram: int,
     blocks: Sequence[tuple[RamBlock, GuestMemory]],
     others: Sequence[tuple[int, int]],
     should_stop: Stop,
-    *,
-    exactly: bool,
+    look: Look,
 ) -> Room:
     rooms = [
-        reserve_block(ram, index, block, memory, should_stop, exactly=exactly)
+        reserve_block(ram, index, block, memory, should_stop, look=look)
         for index, (block, memory) in enumerate(blocks)
     ]
     for fd, size in others:
         _fs.set_aside(fd, size)
-    return Room(sum(room.size for room in rooms), all(room.exact for room in rooms))
+    return Room(
+        sum(room.size for room in rooms),
+        exact=all(room.exact for room in rooms),
+        whole=look is Look.NONE,
+    )
 
 
 def _no_space(path: Path, code: int | None, need: int, free: int) -> SnapshotError:

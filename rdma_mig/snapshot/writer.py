@@ -37,7 +37,7 @@ from rdma_mig.snapshot.manifest import (
     StreamFacts,
     ram_file,
 )
-from rdma_mig.snapshot.ram import Progress, Stop, write_block
+from rdma_mig.snapshot.ram import Progress, Room, Stop, write_block
 from rdma_mig.snapshot.recorded import RecordedCommand
 from rdma_mig.snapshot.recovery import note_written
 from rdma_mig.snapshot.room import make_room
@@ -88,7 +88,7 @@ class SnapshotWriter:
         self._records: dict[int, BlockRecord] = {}
         self._config: FileRecord | None = None
         self._description: FileRecord | None = None
-        self._trim = False
+        self._room = Room(0, exact=True)
         self._state_size = 0
         self._state_hash = hashlib.sha256()
         self.keep_on_failure = False
@@ -165,8 +165,8 @@ class SnapshotWriter:
 
         Blocks of the file system are set aside for every page of 4 KiB that is not zero, for the
         digests, the manifest, and ``device_state`` bytes; writing them cannot run out of space
-        afterwards. Until they are written it may be a little more, where looking takes long and
-        there is room. A file system that cannot reserve (NFS before 4.2, ramfs) is only asked how
+        afterwards. Until they are written it may be more, all of RAM at most, where as much
+        again is left. A file system that cannot reserve (NFS before 4.2, ramfs) is only asked how
         much is free now.
 
         Args:
@@ -198,9 +198,8 @@ class SnapshotWriter:
                 (self._manifest, manifest),
                 (description, _DESCRIPTION_RESERVE),
             )
-            room = make_room(self.path, ram, self._blocks, others, should_stop)
-        self._trim = not room.exact
-        return room.size
+            self._room = make_room(self.path, ram, self._blocks, others, should_stop)
+        return self._room.size
 
     # -- contents --------------------------------------------------------------------------------
 
@@ -268,7 +267,7 @@ class SnapshotWriter:
                 memory,
                 stop=should_stop,
                 progress=progress,
-                trim=self._trim,
+                room=self._room,
             )
         self._records[index] = record
         return record.data_bytes

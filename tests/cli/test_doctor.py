@@ -24,6 +24,7 @@ from harness import Qemu
 from harness.output import check_output
 from test_cli_usage import COMMAND, one_line, run, without_device
 
+from rdma_mig.host import modules
 from rdma_mig.host.adapters import _registration
 from rdma_mig.host.findings import Level
 from rdma_mig.memory.dirty import kernel_trackers
@@ -75,6 +76,41 @@ def test_host_without_a_device_is_told_how_to_make_one():
     assert finding["level"] == "blocker"
     assert finding["message"] == "this host has no RDMA device"
     assert "rdma link add rxe0 type rxe netdev" in finding["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("has", "said", "remedy"),
+    [
+        (
+            "kernel/drivers/infiniband/core/ib_uverbs.ko: kernel/lib/x.ko\n"
+            "kernel/drivers/infiniband/core/rdma_ucm.ko.xz:\n",
+            "the kernel runs without ib_uverbs and rdma_ucm",
+            "modprobe -a ib_uverbs rdma_ucm",
+        ),
+        (
+            "kernel/drivers/infiniband/core/ib_uverbs.ko:\n",
+            "has no such module here",
+            "linux-image",
+        ),
+        (None, "has no such module here", "apt-get install linux-image-amd64"),
+    ],
+)
+def test_modules_that_are_missing(tmp_path, monkeypatch, has, said, remedy):
+    if has is not None:
+        (tmp_path / "modules.dep").write_text(has)
+    nothing = dict.fromkeys(("ib_uverbs", "rdma_ucm"), tmp_path / "nothing")
+    monkeypatch.setattr(modules, "_SHOWN", nothing)
+    monkeypatch.setattr(modules, "Path", lambda *_: tmp_path)
+    [found] = modules.modules()
+    assert found.level is Level.BLOCKER
+    assert said in found.message
+    assert remedy in found.remedy
+
+
+def test_modules_of_this_host():
+    [found] = findings()["modules"]
+    there = [shown.exists() for shown in modules._SHOWN.values()]
+    assert found["level"] == ("ok" if all(there) else "blocker")
 
 
 def test_text_says_the_same():

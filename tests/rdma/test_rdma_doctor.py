@@ -35,6 +35,7 @@ def test_host_that_can_migrate():
     assert f"{address} " in found["gid"][0]["message"]
     assert re.search(rf"GID index \d+ of {device} \(RoCE v2\)", found["gid"][0]["message"])
     assert re.match(r"pyverbs loads, with libibverbs \d+", found["libraries"][0]["message"])
+    assert found["modules"][0]["message"] == "the kernel has ib_uverbs and rdma_ucm"
     assert re.search(r"registers up to \d+ regions", found["registration"][0]["message"])
 
 

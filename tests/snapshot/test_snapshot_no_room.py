@@ -6,10 +6,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import snapshot_kit as kit
+
+from rdma_mig.memory import RamBlock
+from rdma_mig.snapshot import room
 
 MIB = 1 << 20
 
@@ -143,6 +148,38 @@ def test_what_was_set_aside_at_a_glance_is_given_back(tmp_path):
     code += "working(lambda: keep(between=look)); assert aside == [4 * MIB, 4 * 4096], aside"
     _, told = run(tmp_path, code, tmpfs("32m"))
     assert told["used"] == 4 * 4096
+
+
+def test_room_for_all_is_given_back(tmp_path):
+    """As on a block device with room enough: nothing is looked at, and zeros take none at last."""
+    code = GLANCES.replace("SIZE", "4 * MIB")
+    code += "with memory.view() as view: view[4 * MIB] = 0\n"
+    code += "import rdma_mig.snapshot.room; rdma_mig.snapshot.room._is_roomy = lambda *_: True\n"
+    code += "working(lambda: keep(between=look)); assert aside == [5 * MIB, 4 * 4096], aside"
+    _, told = run(tmp_path, code, tmpfs("32m"))
+    assert told["used"] == 4 * 4096
+
+
+def test_where_room_for_all_is_not_there_each_page_is_looked_at(tmp_path):
+    code = GLANCES.replace("SIZE", "16 * MIB")
+    code += "import rdma_mig.snapshot.room; rdma_mig.snapshot.room._is_roomy = lambda *_: True\n"
+    code += "working(lambda: keep(between=look)); assert aside == [16 * 4096] * 2, aside"
+    _, told = run(tmp_path, code, tmpfs("12m"))
+    assert told["used"] == 16 * 4096
+
+
+def test_room_for_all_is_taken_only_where_as_much_is_left(tmp_path):
+    """Others write to the disk too. Memory is no disk, and gets what it has to."""
+    blocks = [(RamBlock("pc.ram", 8 * MIB), None)]
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for free, device in ((15 * MIB, True), (16 * MIB, True), (1 << 40, False)):
+            seen = types.SimpleNamespace(f_bavail=free // 4096, f_frsize=4096)
+            status = types.SimpleNamespace(st_dev=os.makedev(8 if device else 0, 1))
+            with mock.patch.object(os, "fstat", lambda _fd, status=status: status):
+                assert room._is_roomy(fd, seen, blocks) is (device and free == 16 * MIB)
+    finally:
+        os.close(fd)
 
 
 def test_where_a_glance_asks_for_too_much_each_page_is_looked_at(tmp_path):
