@@ -17,7 +17,7 @@ cdef enum:
     # Send queue entries that writes leave free for control messages and probes.
     CONTROL_RESERVE = 16
     # Writes are posted as a list: one call of the driver, and one completion, for so many, or for
-    # so many bytes. The list is shorter than any send queue, so that one of two in it is signaled.
+    # so many bytes. No send queue is shorter than a list: a full one has a write that completes.
     LIST_WRITES = 32
     LIST_BYTES = 256 << 10
 
