@@ -479,17 +479,20 @@ class TraceRules:
         held = self._keys.held.setdefault(block, set())
         if chunk in held:
             self._fail(record, f"{_memory(block, chunk)} is registered twice")
-        if (chunk is None) != self.pin_all:
+        # A source that knows what is zero may register what is not, chunks in a row by themselves.
+        parts = self.pin_all and self._side is Side.SOURCE
+        if (chunk is None) != self.pin_all and not (parts and chunk is not None):
             how = "whole block" if chunk is None else "chunk"
             self._fail(record, f"a {how} of {block!a} is registered, with pin-all {self.pin_all}")
         if chunk is None:
             if self._request is not ControlType.RAM_BLOCKS_REQUEST:
                 self._fail(record, f"{block!a} is registered and RAM_BLOCKS_REQUEST was not seen")
         else:
-            if self._request is not ControlType.REGISTER_REQUEST:
+            if self._request is not ControlType.REGISTER_REQUEST and not parts:
                 self._fail(record, f"{_memory(block, chunk)} is registered without a request")
             chunks = _chunks(record)
-            self._fresh += [(block, each) for each in chunks]
+            if not parts:
+                self._fresh += [(block, each) for each in chunks]
             self.chunks.setdefault(block, set()).update(chunks)
         held.add(chunk)
 
@@ -511,16 +514,19 @@ class TraceRules:
             self._fail(record, f"a write {where}")
         if last < first or not record["writes"] or not record["bytes"]:
             self._fail(record, "a write of nothing")
-        if self.pin_all:
-            if None not in self._keys.held.get(block, set()):
-                self._fail(record, f"a write to {block!a}, which is not registered")
+        if self.pin_all and not self._keys.held.get(block, set()):
+            self._fail(record, f"a write to {block!a}, which is not registered")
+        if None in self._keys.held.get(block, set()):
             return
         if not record["whole"]:
             last = first
         if last - first > record["bytes"]:
             self._fail(record, f"a write of {record['bytes']} bytes over {last - first} chunks")
         for chunk in range(first, last + 1):
-            if (block, chunk) not in self._keys.asked:
+            if self.pin_all:
+                if chunk not in self.chunks.get(block, ()):
+                    self._fail(record, f"a write to {_memory(block, chunk)}, not registered")
+            elif (block, chunk) not in self._keys.asked:
                 self._fail(record, f"a write to {_memory(block, chunk)} before its key was asked")
 
     # ---- the commit point ----

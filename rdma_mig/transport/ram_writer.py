@@ -30,7 +30,6 @@ from rdma_mig.wire.control import (
 )
 
 if TYPE_CHECKING:
-    from rdma_mig import _verbs
     from rdma_mig.tracing import Observer
 
 __all__ = ["RamWriter"]
@@ -42,6 +41,9 @@ _ASSUMED_ZERO = 64 << 20
 # Chunks that are registered at once at most, where all of them hold data: a request takes a round
 # trip, and the source waits for it.
 _KEY_CHUNKS = 64
+# Regions of their own that RAM at rest gets for what holds data; with more, blocks are registered
+# as a whole: an adapter has only so many. A QEMU without pin-all needs as many for a GiB.
+_MAX_EXTENTS = 1024
 
 
 def _name(guest: GuestBlock) -> str:
@@ -67,7 +69,8 @@ class RamWriter:
         ram: the guest's RAM; it must outlive this object.
         cancel: ends every wait.
         limits: on the waits.
-        pin_all: all RAM is registered at both ends in exchange_blocks(); else chunk by chunk.
+        pin_all: all RAM is registered at both ends in exchange_blocks(), but for what is zero here
+            and stays so; else chunk by chunk.
         hears_fresh: the destination says which of its blocks are zero from the start.
         assume_zero: where it does not, large ones count as such.
         account: called with bytes and whether they are zero, for each run that is issued.
@@ -105,6 +108,7 @@ class RamWriter:
         self._zero_bytes = 0
         self._records: list[RamBlockRecord] = []
         self._extents: list[array[int]] = []
+        self._pinned: list[tuple[int, range, int]] | None = None  # block, chunks, lkey
         self.queue = self._verbs.WriteQueue(
             endpoint.queue,
             beside=[other.queue for other in beside],
@@ -184,6 +188,10 @@ class RamWriter:
         registered at both ends, as far as they hold data, and no others.
         """
         guest, record = self._ram[index], self._records[index]
+        if self._pin_all:
+            # Zeros of a block that is not zero at the destination, where all is registered.
+            self._register_zeros(guest, start, length, record.rkey)
+            return
         address = record.offset + start
         if zeros := self._zeros(guest, start, length):
             message = ZeroRun(0, index, address, zeros).encode()
@@ -200,30 +208,15 @@ class RamWriter:
             if self._zeros(guest, at, size):
                 break
             last += 1
-        first, _ = chunk_range(chunk, guest.block.length)
-        at, size = chunk_range(last, guest.block.length)
-        size += at - first
-        region: list[_verbs.MemoryRegion] = []
-
-        def register() -> None:
-            region.append(
-                self._endpoint.register(
-                    guest.memory.address + first,
-                    size,
-                    what=_name(guest),
-                    remote_write=False,
-                    holder=guest.memory.hold("its memory region"),
-                    chunk=chunk,
-                )
-            )
-
+        chunks = range(chunk, last + 1)
+        lkeys: list[int] = []
         reply = self._control.request(
             ControlMessage(
                 ControlType.REGISTER_REQUEST,
                 RegisterRecord(address, index, last - chunk).encode(),
             ),
             ControlType.REGISTER_RESULT,
-            meanwhile=register,
+            meanwhile=lambda: lkeys.append(self._register_chunks(guest, chunks)),
         )
         result = decode_register_results(reply.payload)[0]
         if result.host_address != record.host_address:
@@ -231,8 +224,42 @@ class RamWriter:
                 f"{self._endpoint.peer} says that RAM block {index} lies at "
                 f"{result.host_address:#x} and said {record.host_address:#x} before"
             )
-        for each in range(chunk, last + 1):
-            self.queue.set_chunk_keys(index, each, region[0].lkey, result.rkey)
+        for each in chunks:
+            self.queue.set_chunk_keys(index, each, lkeys[0], result.rkey)
+
+    def _register_chunks(self, guest: GuestBlock, chunks: range) -> int:
+        """Register chunks in a row; return the local key."""
+        start, _ = chunk_range(chunks[0], guest.block.length)
+        last, size = chunk_range(chunks[-1], guest.block.length)
+        return self._endpoint.register(
+            guest.memory.address + start,
+            last + size - start,
+            what=_name(guest),
+            remote_write=False,
+            holder=guest.memory.hold("its memory region"),
+            chunk=chunks[0],
+        ).lkey
+
+    def _register_zeros(self, guest: GuestBlock, start: int, length: int, rkey: int) -> None:
+        first = chunk_of(start)
+        chunks = range(first, min(chunk_of(start + length - 1) + 1, first + _KEY_CHUNKS))
+        lkey = self._register_chunks(guest, chunks)
+        for chunk in chunks:
+            self.queue.set_chunk_keys(guest.index, chunk, lkey, rkey)
+
+    def _register_data(self) -> list[tuple[int, range, int]]:
+        """Register what holds data, and nothing else.
+
+        Returns:
+            block, chunks and local key of each region.
+        """
+        pinned = []
+        for guest in self._ram:
+            rows = self._extents[guest.index]
+            for start, size in zip(rows[::2], rows[1::2], strict=True):
+                chunks = range(chunk_of(start), chunk_of(start + size - 1) + 1)
+                pinned.append((guest.index, chunks, self._register_chunks(guest, chunks)))
+        return pinned
 
     @staticmethod
     def _zeros(guest: GuestBlock, start: int, length: int) -> int:
@@ -272,10 +299,13 @@ class RamWriter:
         def register() -> None:
             if not self._pin_all:
                 return
-            if self._ram.at_rest:
-                # Populated memory has no holes any more, and is looked through for zeros, which
-                # touches all of it.
+            if self._ram.at_rest and (self._hears_fresh or self._assume_zero):
+                # Zeros are not sent. Populated memory would have no holes any more, and be looked
+                # through for zeros, which touches all of it.
                 self._extents = [_data_extents(guest) for guest in self._ram]
+                if sum(map(len, self._extents)) <= 2 * _MAX_EXTENTS:
+                    self._pinned = self._register_data()
+                    return
             populating = time.monotonic()
             self._ram.populate(lambda: self._cancel.requested)
             if self._trace is not None:
@@ -313,9 +343,12 @@ class RamWriter:
                 for (address, lkey), record in zip(regions, records, strict=True)
             ],
             offsets=[guest.offset for guest in self._ram],
-            dynamic=not self._pin_all,
+            dynamic=not self._pin_all or self._pinned is not None,
             fresh=[index for index, record in enumerate(records) if record.fresh],
         )
+        for index, chunks, lkey in self._pinned or ():
+            for chunk in chunks:
+                self.queue.set_chunk_keys(index, chunk, lkey, records[index].rkey)
         self._records = records
         return time.monotonic() - began
 

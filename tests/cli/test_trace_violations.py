@@ -311,6 +311,12 @@ def write_to_another_chunk(records: Records) -> int:
     return alter(records, find(records, "write"), chunk=77, last=77)
 
 
+@rule("ours-pin-all.out", "a write to chunk 3 of 'RAM block pc.ram', not registered")
+def write_beyond_what_a_source_at_rest_has_registered(records: Records) -> int:
+    alter(records, find(records, "register"), chunk=0, bytes=3 << 20)
+    return find(records, "write")
+
+
 @rule("ours-pin-all.out", "a write to 'RAM block pc.ram', which is not registered")
 def write_to_what_is_not_registered(records: Records) -> int:
     records.pop(find(records, "register", block="RAM block pc.ram"))

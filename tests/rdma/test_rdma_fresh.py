@@ -97,7 +97,7 @@ def test_zeros_are_sent_to_blocks_only_that_are_not_zero(kept, pin_all):
 
 @MODES
 def test_what_a_snapshot_has_not_is_not_looked_at(tmp_path, pin_all, monkeypatch):
-    """All of a source's memory is populated with pin-all; that it is zero is known from before."""
+    """With pin-all, too: neither is it looked at nor pinned at the source."""
     with snapshot_kit.guest(HOLES) as memories:
         with memories[0].view() as view:
             view[kit.MIB : kit.MIB + 4096] = snapshot_kit.noise(4096)
@@ -105,9 +105,12 @@ def test_what_a_snapshot_has_not_is_not_looked_at(tmp_path, pin_all, monkeypatch
     writers = []
 
     class Noted(RamWriter):
-        def __init__(self, *arguments, **named):
-            super().__init__(*arguments, **named)
+        def exchange_blocks(self):
             writers.append(self)
+            before = kit.pinned()
+            seconds = super().exchange_blocks()
+            self.pinned_here = kit.pinned() - before
+            return seconds
 
     monkeypatch.setattr(outgoing, "RamWriter", Noted)
     with kit.RawListener() as listener, kit.outgoing(kept, listener.uri, pin_all=pin_all) as out:
@@ -120,6 +123,8 @@ def test_what_a_snapshot_has_not_is_not_looked_at(tmp_path, pin_all, monkeypatch
     [writer] = writers
     assert writer.zero_bytes == 7 * kit.MIB
     assert writer.queue.zero_bytes == 0, "these were looked at"
+    # The destination, all of whose memory is, lives in this process.
+    assert writer.pinned_here == 8 * kit.MIB + (kit.MIB if pin_all else 0)
     assert out.events[-1].writes == 1
 
 
