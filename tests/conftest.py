@@ -37,6 +37,8 @@ IN_EVERY_RUN = (
     "packaging/test_plugin.py::test_guest_becomes_a_snapshot_and_runs_again[rdma-dynamic-process]",
     "rdma/test_rdma_cancel.py::test_refused_client_has_no_queue_pair_here",
     "rdma/test_rdma_cancel.py::test_trace_of_a_whole_migration[dynamic]",
+    "rdma/test_rdma_connections.py::test_ram_goes_over_all_of_them[3-dynamic-return-path]",
+    "rdma/test_rdma_fresh.py::test_what_a_snapshot_has_not_is_not_looked_at[pin-all]",
     "rdma/test_rdma_metrics.py::test_figures_are_those_of_the_event[dynamic]",
     "interop/test_trace_rules.py::test_both_ways_keep_the_rules[dynamic]",
     "rdma/test_rdma_accounting.py::test_what_a_snapshot_has_sent_is_told[dynamic]",

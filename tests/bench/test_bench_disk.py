@@ -20,6 +20,7 @@ def test_image_has_room_for_two_snapshots(mib):
 
 
 @pytest.mark.root
+@pytest.mark.full
 def test_image_is_a_file_system_of_its_own_and_leaves_nothing(tmp_path: Path):
     before = set(Path("/dev/shm").iterdir())
     outside = filesystem(tmp_path)
