@@ -129,6 +129,11 @@ def test_zero_pages_need_no_room(tmp_path):
     assert told["left"] == ["vm"]
 
 
+# As on a block device that has twice the guest's RAM free.
+ROOMY = """
+import rdma_mig.snapshot.room
+rdma_mig.snapshot.room._is_roomy = lambda *_: True
+"""
 # As where a look at each page takes long: a page of each chunk holds data.
 GLANCES = """
 import rdma_mig.snapshot.ram
@@ -152,20 +157,11 @@ def test_what_was_set_aside_at_a_glance_is_given_back(tmp_path):
 
 def test_room_for_all_is_given_back(tmp_path):
     """As on a block device with room enough: nothing is looked at, and zeros take none at last."""
-    code = GLANCES.replace("SIZE", "4 * MIB")
+    code = ROOMY + GLANCES.replace("SIZE", "4 * MIB")
     code += "with memory.view() as view: view[4 * MIB] = 0\n"
-    code += "import rdma_mig.snapshot.room; rdma_mig.snapshot.room._is_roomy = lambda *_: True\n"
     code += "working(lambda: keep(between=look)); assert aside == [5 * MIB, 4 * 4096], aside"
     _, told = run(tmp_path, code, tmpfs("32m"))
     assert told["used"] == 4 * 4096
-
-
-def test_where_room_for_all_is_not_there_each_page_is_looked_at(tmp_path):
-    code = GLANCES.replace("SIZE", "16 * MIB")
-    code += "import rdma_mig.snapshot.room; rdma_mig.snapshot.room._is_roomy = lambda *_: True\n"
-    code += "working(lambda: keep(between=look)); assert aside == [16 * 4096] * 2, aside"
-    _, told = run(tmp_path, code, tmpfs("12m"))
-    assert told["used"] == 16 * 4096
 
 
 def test_room_for_all_is_taken_only_where_as_much_is_left(tmp_path):
@@ -182,8 +178,9 @@ def test_room_for_all_is_taken_only_where_as_much_is_left(tmp_path):
         os.close(fd)
 
 
-def test_where_a_glance_asks_for_too_much_each_page_is_looked_at(tmp_path):
-    code = GLANCES.replace("SIZE", "16 * MIB")
+@pytest.mark.parametrize("first", ["", ROOMY], ids=["a glance", "all"])
+def test_where_that_asks_for_too_much_each_page_is_looked_at(tmp_path, first):
+    code = first + GLANCES.replace("SIZE", "16 * MIB")
     code += "working(lambda: keep(between=look)); assert aside == [16 * 4096] * 2, aside"
     _, told = run(tmp_path, code, tmpfs("12m"))
     assert told["used"] == 16 * 4096
