@@ -86,7 +86,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_signals.py::test_incoming[in the last phase-15]",
     "rdma/test_rdma_signals.py::test_outgoing[all received-2]",
     "rdma/test_rdma_siw.py::test_signal_while_tcp_connects[15]",
-    "rdma/test_rdma_siw.py::test_whole_migration[pin-all]",
+    "rdma/test_rdma_siw.py::test_whole_migration[pin-all-1]",
 )
 
 

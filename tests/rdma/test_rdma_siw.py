@@ -80,15 +80,17 @@ def _nothing_left(siw: None) -> Iterator[None]:
 # ---- whole migrations ----
 
 
+@pytest.mark.parametrize("connections", [1, 3])
 @pytest.mark.parametrize("pin_all", [True, False], ids=["pin-all", "dynamic"])
-def test_whole_migration(room, kept, pin_all):
+def test_whole_migration(room, kept, pin_all, connections):
     destination = subprocess.Popen(
         [COMMAND, "incoming", f"rdma:{ADDRESS}:0", "-o", room / "vm", "--json"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         uri = json.loads(destination.stdout.readline())["uri"]
-        with kit.outgoing(kept, uri, pin_all=pin_all, endpoint=EAGER) as source:
+        options = {"pin_all": pin_all, "endpoint": EAGER, "connections": connections}
+        with kit.outgoing(kept, uri, **options) as source:
             source.succeed()
         output, _ = destination.communicate(timeout=kit.patience(20))
     finally:
@@ -106,7 +108,7 @@ def test_whole_migration(room, kept, pin_all):
         assert event == {
             "event": "connected", "device": DEVICE, "port": 1, "transport": "iWARP",
             "gid_index": None, "gid": None, "mtu": None, "pin_all": pin_all,
-            "connections": 1,
+            "connections": connections,
         }  # fmt: skip
     done = next(event for event in source.events if isinstance(event, Completed))
     assert "acknowledged" in done.confirmed
