@@ -98,8 +98,11 @@ class Race:
         """Stop the writer, if the tracker needs that."""
         return contextlib.nullcontext() if tracker.atomic else self.stopped()
 
-    def run(self, tracker, exchanges, seconds=120.0):
-        """Exchange so often while the writer runs, and check after each.
+    def run(self, tracker, exchanges, found, seconds=600.0):
+        """Exchange while the writer runs, and check after each.
+
+        Ends with both the exchanges and the pages found: how many exchanges see a write is the
+        scheduler's choice, and an exchange that sees none proves nothing.
 
         Raises:
             LostWrite: a page was not found that had been written.
@@ -112,10 +115,12 @@ class Race:
             with self.suited(tracker):
                 tracker.start()
             self.exchange(tracker, everything=True)
-            while self.exchanges < exchanges:
+            while self.exchanges < exchanges or self.found < found:
                 self.exchange(tracker)
                 if not self.exchanges % 1000 and time.monotonic() > end:
-                    raise AssertionError(f"only {self.exchanges} exchanges in {seconds} s")
+                    raise AssertionError(
+                        f"only {self.exchanges} exchanges and {self.found} pages in {seconds} s"
+                    )
             self.control.stop = 1
         self.exchange(tracker)
         if self.copy != self.done:
