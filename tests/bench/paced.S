@@ -14,10 +14,8 @@
 #
 # Real mode with a flat fs, and its own timer interrupt: see the guest of the interop tests.
 #
-#   as --32 -o paced.o paced.S && ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o paced.bin paced.o
+#   as --32 -I ../harness/guest -o paced.o paced.S && ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o paced.bin paced.o
 
-        .set    PIC1, 0x20
-        .set    PIC2, 0xa0
         .set    PIT0, 0x40
         .set    PIT_MODE, 0x43
         .set    TICK, 4773              # of the timer's 1193182 Hz
@@ -30,36 +28,12 @@
         .set    page, 0x901c            # where the next burst begins
         .set    interval, 0x9020
 
+        .include "flat.inc"
+
         .code16
         .section .text
         .globl  _start
-_start:
-        cli
-        cld
-        xorw    %ax, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movw    %ax, %ss
-        movw    $0x7c00, %sp
-        ljmp    $0, $flat
-
-flat:   lgdtl   gdt_pointer
-        movl    %cr0, %eax
-        orb     $1, %al
-        movl    %eax, %cr0
-        movw    $8, %bx
-        movw    %bx, %fs
-        andb    $0xfe, %al
-        movl    %eax, %cr0
-        xorw    %bx, %bx
-        movw    %bx, %fs                # base 0; the limit stays
-
-        movw    $on_tick, 8 * 4         # interrupt 8: the timer
-        movw    %bx, 8 * 4 + 2
-        movb    $0xfe, %al              # nothing but the timer
-        outb    %al, $PIC1 + 1
-        movb    $0xff, %al
-        outb    %al, $PIC2 + 1
+_start: enter_flat
         movb    $0x34, %al              # counter 0, both bytes, periodically
         outb    %al, $PIT_MODE
         movb    $TICK & 0xff, %al
@@ -120,17 +94,11 @@ rest:   sti
 
 on_tick:
         pushw   %ax
-        movb    $0x20, %al              # end of interrupt
-        outb    %al, $PIC1
+        end_of_interrupt
         popw    %ax
         iret
 
-        .balign 8
-gdt:    .quad   0
-        .quad   0x00cf92000000ffff      # data, base 0, limit 4 GiB, writable
-gdt_pointer:
-        .word   . - gdt - 1
-        .long   gdt
+        flat_gdt
 
         # What Python patches in: live_qemu.py knows these places.
         .org    0x1d0

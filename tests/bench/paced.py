@@ -10,17 +10,15 @@ import ctypes
 import random
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from harness import PAGE_SIZE, Guest, Qemu
-from harness.guest import LOAD_ADDRESS, SECTOR_SIZE
+from harness.guest import PARAMETERS_AT, assembled
 
 from rdma_mig import _pages
 from rdma_mig.memory import RamBlock
@@ -36,7 +34,6 @@ SLACK = 0.1
 START = 16 * MIB
 
 _HERE = Path(__file__).resolve().parent
-_PARAMETERS_AT = 0x1D0
 _PARAMETERS = struct.Struct("<4sIIIII")  # magic, start, end, burst, slack, interval
 _MAGIC = b"RMP1"
 _SEEN_AT = 0x9008
@@ -98,24 +95,11 @@ class PacedGuest(Guest):
 
     def image(self) -> bytes:
         """The boot sector with these parameters in it: 512 bytes."""
-        sector = bytearray(_assembled())
+        sector = bytearray(assembled(_HERE / "paced.S", _MAGIC))
         _PARAMETERS.pack_into(
-            sector, _PARAMETERS_AT, _MAGIC, self.start, self.end, BURST, self.slack, self.interval
+            sector, PARAMETERS_AT, _MAGIC, self.start, self.end, BURST, self.slack, self.interval
         )
         return bytes(sector)
-
-
-@cache
-def _assembled() -> bytes:
-    with tempfile.TemporaryDirectory(prefix="rdma-mig-paced-") as name:
-        object_file, image = Path(name, "paced.o"), Path(name, "paced.bin")
-        link = ["ld", "-m", "elf_i386", "-Ttext", hex(LOAD_ADDRESS), "--oformat", "binary"]
-        subprocess.run(["as", "--32", "-o", object_file, _HERE / "paced.S"], check=True, timeout=60)
-        subprocess.run([*link, "-o", image, object_file], check=True, timeout=60)
-        sector = image.read_bytes()
-    if len(sector) != SECTOR_SIZE or sector[_PARAMETERS_AT:][: len(_MAGIC)] != _MAGIC:
-        raise ValueError("paced.S did not assemble to a boot sector with its parameters")
-    return sector
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,10 @@ TICKS_PER_SECOND = 18.2
 _STEP = 64 << 10
 
 _SOURCE = Path(__file__).with_name("guest") / "boot.S"
-# An image of it beside the source serves where there is no assembler, as in a container.
-_PREPARED = _SOURCE.with_suffix(".bin")
-_PARAMETERS_AT = 0x1D0
+#: Where Python patches parameters into a guest's boot sector.
+PARAMETERS_AT = 0x1D0
 _PARAMETERS = struct.Struct("<4sIII")  # magic, start, pages, pause
-_PASSES_AT = _PARAMETERS_AT + _PARAMETERS.size
+_PASSES_AT = PARAMETERS_AT + _PARAMETERS.size
 _MAGIC = b"RMG1"
 _HEARTBEAT = re.compile(rb"^H ([0-9a-f]{8})$")
 
@@ -103,26 +102,30 @@ class Guest:
 
     def image(self) -> bytes:
         """The boot sector with these parameters in it: 512 bytes."""
-        sector = bytearray(_assembled())
-        _PARAMETERS.pack_into(sector, _PARAMETERS_AT, _MAGIC, self.start, self.pages, self.pause)
+        sector = bytearray(assembled(_SOURCE, _MAGIC))
+        _PARAMETERS.pack_into(sector, PARAMETERS_AT, _MAGIC, self.start, self.pages, self.pause)
         return bytes(sector)
 
 
 @cache
-def _assembled() -> bytes:
-    if _PREPARED.exists():
-        return _checked(_PREPARED.read_bytes())
-    with tempfile.TemporaryDirectory(prefix="rdma-mig-guest-") as directory:
-        object_file, image = Path(directory, "boot.o"), Path(directory, "boot.bin")
-        link = ["ld", "-m", "elf_i386", "-Ttext", hex(LOAD_ADDRESS), "--oformat", "binary"]
-        subprocess.run(["as", "--32", "-o", object_file, _SOURCE], check=True, timeout=60)
-        subprocess.run([*link, "-o", image, object_file], check=True, timeout=60)
-        return _checked(image.read_bytes())
+def assembled(source: Path, magic: bytes) -> bytes:
+    """Assemble a guest of one boot sector, whose parameters begin with ``magic`` at 0x1d0.
 
-
-def _checked(sector: bytes) -> bytes:
-    if len(sector) != SECTOR_SIZE or sector[_PARAMETERS_AT:][: len(_MAGIC)] != _MAGIC:
-        raise ValueError(f"{_SOURCE} did not assemble to a boot sector with its parameters")
+    An image of it beside the source serves where there is no assembler, as in a container.
+    """
+    prepared = source.with_suffix(".bin")
+    if prepared.exists():
+        sector = prepared.read_bytes()
+    else:
+        with tempfile.TemporaryDirectory(prefix="rdma-mig-guest-") as directory:
+            object_file, image = Path(directory, "guest.o"), Path(directory, "guest.bin")
+            assemble = ["as", "--32", "-I", _SOURCE.parent, "-o", object_file, source]
+            link = ["ld", "-m", "elf_i386", "-Ttext", hex(LOAD_ADDRESS), "--oformat", "binary"]
+            subprocess.run(assemble, check=True, timeout=60)
+            subprocess.run([*link, "-o", image, object_file], check=True, timeout=60)
+            sector = image.read_bytes()
+    if len(sector) != SECTOR_SIZE or sector[PARAMETERS_AT:][: len(magic)] != magic:
+        raise ValueError(f"{source} did not assemble to a boot sector with its parameters")
     return sector
 
 
@@ -165,9 +168,9 @@ def guest_counters(memory: Buffer, guest: Guest) -> Counters:
     the variable is all that there is.
     """
     raw = bytes(memory[LOAD_ADDRESS : LOAD_ADDRESS + SECTOR_SIZE])
-    magic, start, pages, _ = _PARAMETERS.unpack_from(raw, _PARAMETERS_AT)
+    magic, start, pages, _ = _PARAMETERS.unpack_from(raw, PARAMETERS_AT)
     if (magic, start, pages) != (_MAGIC, guest.start, guest.pages):
-        raise CounterError(f"in RAM is not the boot sector of {guest}: {raw[_PARAMETERS_AT:]!r}")
+        raise CounterError(f"in RAM is not the boot sector of {guest}: {raw[PARAMETERS_AT:]!r}")
     (begun,) = struct.unpack_from("<I", raw, _PASSES_AT)
     if not guest.pages:
         return Counters(begun, 0)

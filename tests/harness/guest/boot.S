@@ -15,43 +15,16 @@
 # through fs, whose limit is raised to 4 GiB in a short visit to protected mode. It takes the timer
 # interrupt itself, since a firmware handler might reload fs.
 #
-#   as --32 -o boot.o boot.S && ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o boot.bin boot.o
+#   as --32 -I . -o boot.o boot.S && ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o boot.bin boot.o
 
         .set    COM1, 0x3f8
-        .set    PIC1, 0x20
-        .set    PIC2, 0xa0
+
+        .include "flat.inc"
 
         .code16
         .section .text
         .globl  _start
-_start:
-        cli
-        cld
-        xorw    %ax, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movw    %ax, %ss
-        movw    $0x7c00, %sp
-        ljmp    $0, $flat
-
-flat:   # cs is 0 now, whichever of 0000:7c00 and 07c0:0000 the firmware came in by
-        lgdtl   gdt_pointer
-        movl    %cr0, %eax
-        orb     $1, %al
-        movl    %eax, %cr0
-        movw    $8, %bx
-        movw    %bx, %fs
-        andb    $0xfe, %al
-        movl    %eax, %cr0
-        xorw    %bx, %bx
-        movw    %bx, %fs                # base 0; the limit stays
-
-        movw    $on_tick, 8 * 4         # interrupt 8: the timer
-        movw    %bx, 8 * 4 + 2
-        movb    $0xfe, %al              # nothing but the timer
-        outb    %al, $PIC1 + 1
-        movb    $0xff, %al
-        outb    %al, $PIC2 + 1
+_start: enter_flat
 
         movw    $COM1 + 3, %dx          # 8 bits, no parity
         movb    $3, %al
@@ -122,17 +95,11 @@ print:  # al to COM1, when it has room
 on_tick:
         pushw   %ax
         incl    ticks
-        movb    $0x20, %al              # end of interrupt
-        outb    %al, $PIC1
+        end_of_interrupt
         popw    %ax
         iret
 
-        .balign 8
-gdt:    .quad   0
-        .quad   0x00cf92000000ffff      # data, base 0, limit 4 GiB, writable
-gdt_pointer:
-        .word   . - gdt - 1
-        .long   gdt
+        flat_gdt
 
         # What Python patches in, and reads out of RAM again: guest.py knows these places.
         .org    0x1d0
