@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rdma_mig.errors import HostError, UsageError
+from rdma_mig.trace.grammar import Side
 from rdma_mig.trace.pairs import Traced, clock_offset
 from rdma_mig.trace.rows import Row, fold, merged_rows, shortened
-from rdma_mig.trace.rules import Side
 from rdma_mig.words import size_of
 
 __all__ = ["FORMATS", "draw"]

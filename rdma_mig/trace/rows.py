@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rdma_mig.trace.grammar import Side, sender_of
 from rdma_mig.trace.pairs import Traced, clock_offset
 from rdma_mig.trace.reading import Numbered
-from rdma_mig.trace.rules import Side, sender_of
 from rdma_mig.words import printable
 
 __all__ = ["Row", "fold", "merged_rows", "shortened"]

@@ -12,14 +12,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import NoReturn
 
 from rdma_mig.memory.blocks import CHUNK_SIZE
+from rdma_mig.trace.grammar import (
+    COMMITS,
+    DYNAMIC,
+    EMPTY,
+    ENDS,
+    NEXT,
+    OPENING,
+    RECORD_SIZES,
+    REPLIES,
+    WORDS,
+    Side,
+    State,
+    sender_of,
+)
 from rdma_mig.trace.reading import Numbered
 from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD, ControlType
 
-__all__ = ["PHASE_SHOWN_SINCE", "Side", "TraceRules", "Violation", "check_records", "sender_of"]
+__all__ = ["PHASE_SHOWN_SINCE", "TraceRules", "Violation", "check_records"]
 
 PHASE_SHOWN_SINCE = 2
 """Version of a trace from which on it has what the rules are about."""
@@ -43,109 +56,6 @@ class Violation(Exception):
         super().__init__(f"record {number}: {rule}")
         self.number = number
         self.rule = rule
-
-
-class Side(Enum):
-    """An end of the migration."""
-
-    SOURCE = "source"
-    DESTINATION = "destination"
-
-    @property
-    def other(self) -> Side:
-        """The end that this one talks with."""
-        return Side.DESTINATION if self is Side.SOURCE else Side.SOURCE
-
-
-class _State(Enum):
-    """Where the conversation on the control channel stands."""
-
-    CONNECTING = auto()
-    STREAM = auto()
-    PHASE = auto()
-    REPLY = auto()  # within a phase: the destination owes an answer
-    PHASE_DONE = auto()  # REGISTER_FINISHED has been seen, the phase's own end has not
-    STREAM_OVER = auto()
-    ACKNOWLEDGED = auto()
-    BROKEN = auto()  # ERROR has been said
-
-
-# What each state lets each side say, and where that leads; READY and ERROR are judged apart.
-_NEXT: dict[_State, dict[tuple[Side, ControlType], _State]] = {
-    _State.CONNECTING: {},
-    _State.STREAM: {
-        (Side.SOURCE, ControlType.QEMU_FILE): _State.STREAM,
-        (Side.SOURCE, ControlType.STREAM_END): _State.STREAM_OVER,
-        (Side.DESTINATION, ControlType.FINAL_ACK): _State.ACKNOWLEDGED,
-    },
-    _State.PHASE: {
-        (Side.SOURCE, ControlType.RAM_BLOCKS_REQUEST): _State.REPLY,
-        (Side.SOURCE, ControlType.REGISTER_REQUEST): _State.REPLY,
-        (Side.SOURCE, ControlType.UNREGISTER_REQUEST): _State.REPLY,
-        (Side.SOURCE, ControlType.COMPRESS): _State.PHASE,
-        (Side.SOURCE, ControlType.REGISTER_FINISHED): _State.PHASE_DONE,
-    },
-    _State.REPLY: {
-        (Side.DESTINATION, ControlType.RAM_BLOCKS_RESULT): _State.PHASE,
-        (Side.DESTINATION, ControlType.REGISTER_RESULT): _State.PHASE,
-        (Side.DESTINATION, ControlType.UNREGISTER_FINISHED): _State.PHASE,
-    },
-    _State.PHASE_DONE: {},
-    _State.STREAM_OVER: {(Side.DESTINATION, ControlType.FINAL_ACK): _State.ACKNOWLEDGED},
-    _State.ACKNOWLEDGED: {},
-    _State.BROKEN: {},
-}
-_WORDS = {
-    _State.CONNECTING: "before the connection is up",
-    _State.STREAM: "between RAM phases",
-    _State.PHASE: "in a RAM phase",
-    _State.REPLY: "where a reply is due",
-    _State.PHASE_DONE: "behind REGISTER_FINISHED and before the phase's end",
-    _State.STREAM_OVER: "behind STREAM_END",
-    _State.ACKNOWLEDGED: "behind FINAL_ACK",
-    _State.BROKEN: "behind ERROR",
-}
-_REPLIES = {
-    ControlType.RAM_BLOCKS_REQUEST: ControlType.RAM_BLOCKS_RESULT,
-    ControlType.REGISTER_REQUEST: ControlType.REGISTER_RESULT,
-    ControlType.UNREGISTER_REQUEST: ControlType.UNREGISTER_FINISHED,
-}
-_DYNAMIC = (ControlType.REGISTER_REQUEST, ControlType.COMPRESS, ControlType.UNREGISTER_REQUEST)
-_EMPTY = (
-    ControlType.ERROR,
-    ControlType.READY,
-    ControlType.RAM_BLOCKS_REQUEST,
-    ControlType.REGISTER_FINISHED,
-    ControlType.UNREGISTER_FINISHED,
-    ControlType.STREAM_END,
-)
-_RECORD_SIZES = {
-    ControlType.RAM_BLOCKS_RESULT: 32,
-    ControlType.COMPRESS: 24,
-    ControlType.REGISTER_REQUEST: 24,
-    ControlType.UNREGISTER_REQUEST: 24,
-    ControlType.REGISTER_RESULT: 16,
-}
-_COMMITS = {
-    Side.SOURCE: {"EOF": ("control", ControlType.QEMU_FILE)},
-    Side.DESTINATION: {
-        "READY": ("control", ControlType.READY),
-        "FINAL_ACK": ("control", ControlType.FINAL_ACK),
-        "SHUT": ("return-path", ControlType.QEMU_FILE),
-    },
-}
-# Events of rdma_cm of which an end sees one at least before it counts as connected.
-_OPENING = {
-    Side.SOURCE: {"CONNECT_RESPONSE", "ESTABLISHED"},
-    Side.DESTINATION: {"CONNECT_REQUEST"},
-}
-_ENDS = ("completed", "failed", "cancelled")
-
-
-def sender_of(role: str, kind: str) -> Side:
-    """Return which side has sent a message that a trace of this role has as ``out`` or ``in``."""
-    side = Side.SOURCE if role == "outgoing" else Side.DESTINATION
-    return side if kind == "out" else side.other
 
 
 @dataclass(slots=True)
@@ -180,7 +90,7 @@ class TraceRules:
         self.status = ""
         self._side = Side.SOURCE
         self._last = 0.0
-        self._state = _State.CONNECTING
+        self._state = State.CONNECTING
         self._cm: set[str] = set()
         self._request: ControlType | None = None
         self._requested = False  # RAM_BLOCKS
@@ -266,22 +176,22 @@ class TraceRules:
         self._side = Side.SOURCE if self.role == "outgoing" else Side.DESTINATION
 
     def _connected(self, record: Numbered) -> None:
-        if self._state is not _State.CONNECTING:
+        if self._state is not State.CONNECTING:
             self._fail(record, "the migration is connected already")
         self.rdma = record["device"] is not None
-        if self.rdma and not self._cm & _OPENING[self._side]:
+        if self.rdma and not self._cm & OPENING[self._side]:
             self._fail(record, "connected without an event of rdma_cm that says so")
         self.pin_all = record["pin_all"]
-        self._state = _State.STREAM
+        self._state = State.STREAM
 
     def _end(self, record: Numbered) -> None:
         status = record["status"]
-        if status not in _ENDS:
+        if status not in ENDS:
             self._fail(record, f"there is no end {status[:32]!a}")
         if held := self._keys.any:
             self._fail(record, f"keys of {held!a} were not withdrawn before the end")
         if status == "completed" and self.rdma:
-            if self._in_phase or self._state is _State.REPLY:
+            if self._in_phase or self._state is State.REPLY:
                 self._fail(record, "completed within a RAM phase")
             if not self._last_round:
                 self._fail(record, "completed without a last RAM phase")
@@ -311,8 +221,8 @@ class TraceRules:
 
     def _check_size(self, record: Numbered, message: ControlType) -> None:
         length, repeat = record["length"], record["repeat"]
-        one = _RECORD_SIZES.get(message)
-        if message in _EMPTY and length:
+        one = RECORD_SIZES.get(message)
+        if message in EMPTY and length:
             self._fail(record, f"{message.name} with {length} bytes, it has none")
         if message is ControlType.QEMU_FILE and not 1 <= length <= CONTROL_MAX_PAYLOAD:
             self._fail(record, f"QEMU_FILE of {length} bytes, 1 to {CONTROL_MAX_PAYLOAD} are one")
@@ -325,17 +235,17 @@ class TraceRules:
 
     def _on_control(self, record: Numbered, sender: Side, message: ControlType) -> None:
         state = self._state
-        if state is not _State.CONNECTING and not self.rdma:
+        if state is not State.CONNECTING and not self.rdma:
             self._fail(record, f"{message.name} on a transport without control messages")
         if message is ControlType.ERROR:
-            self._state = _State.BROKEN
+            self._state = State.BROKEN
             return
         if message is ControlType.READY:
             self._ready(record, sender)
             return
-        after = _NEXT[state].get((sender, message))
+        after = NEXT[state].get((sender, message))
         if after is None:
-            self._fail(record, f"{message.name} by the {sender.value} {_WORDS[state]}")
+            self._fail(record, f"{message.name} by the {sender.value} {WORDS[state]}")
         if sender is Side.SOURCE:
             if not self._credit["control"]:
                 self._fail(record, f"{message.name} without a READY for it")
@@ -346,11 +256,11 @@ class TraceRules:
     def _ready(self, record: Numbered, sender: Side) -> None:
         if sender is not Side.DESTINATION:
             self._fail(record, "READY by the source on the control channel")
-        if self._state is _State.REPLY:
+        if self._state is State.REPLY:
             assert self._request is not None
-            self._fail(record, f"READY before the reply, {_REPLIES[self._request].name}")
-        if self._state not in (_State.STREAM, _State.PHASE, _State.PHASE_DONE):
-            self._fail(record, f"READY {_WORDS[self._state]}")
+            self._fail(record, f"READY before the reply, {REPLIES[self._request].name}")
+        if self._state not in (State.STREAM, State.PHASE, State.PHASE_DONE):
+            self._fail(record, f"READY {WORDS[self._state]}")
         if self._credit["control"]:
             self._fail(record, "a second READY, the one before it has not been used")
         self._credit["control"] += 1
@@ -379,15 +289,15 @@ class TraceRules:
                 self._fresh = []
             case ControlType.UNREGISTER_FINISHED:
                 self._expect_reply(record, message)
-        if message in _DYNAMIC or message is ControlType.REGISTER_FINISHED:
+        if message in DYNAMIC or message is ControlType.REGISTER_FINISHED:
             if not self._blocks:
                 self._fail(record, f"{message.name} before the RAM blocks are agreed on")
-            if self.pin_all and message in _DYNAMIC:
+            if self.pin_all and message in DYNAMIC:
                 self._fail(record, f"{message.name} although all RAM is pinned")
 
     def _expect_reply(self, record: Numbered, message: ControlType) -> None:
         assert self._request is not None
-        if _REPLIES[self._request] is not message:
+        if REPLIES[self._request] is not message:
             self._fail(record, f"{message.name} in answer to {self._request.name}")
         self._request = None
 
@@ -431,8 +341,8 @@ class TraceRules:
     def _phase(self, record: Numbered) -> None:
         number, state = record["number"], record["state"]
         if state == "begin":
-            if self._state is not _State.STREAM or self._in_phase:
-                self._fail(record, f"a RAM phase begins {_WORDS[self._state]}")
+            if self._state is not State.STREAM or self._in_phase:
+                self._fail(record, f"a RAM phase begins {WORDS[self._state]}")
             if number != self.phases:
                 self._fail(record, f"RAM phase {number} where {self.phases} is due")
             if not self._files:
@@ -442,11 +352,11 @@ class TraceRules:
             if self._side is Side.DESTINATION and number != self._rounds:
                 self._fail(record, f"RAM phase {number} in round {self._rounds}")
             self._in_phase = True
-            self._state = _State.PHASE
+            self._state = State.PHASE
             return
         if state != "end":
             self._fail(record, f"there is no state {state[:32]!a} of a phase")
-        if self._state is not _State.PHASE_DONE or not self._in_phase or number != self.phases:
+        if self._state is not State.PHASE_DONE or not self._in_phase or number != self.phases:
             self._fail(record, f"RAM phase {number} ends without REGISTER_FINISHED")
         for channel, ended in self._side_ends.items():
             if ended != number + 1:
@@ -454,7 +364,7 @@ class TraceRules:
         self._in_phase = False
         self.phases += 1
         self._files = 0
-        self._state = _State.STREAM
+        self._state = State.STREAM
 
     def _round(self, record: Numbered) -> None:
         if self._last_round:
@@ -509,8 +419,8 @@ class TraceRules:
         block, first, last = record["block"], record["chunk"], record["last"]
         if self._side is not Side.SOURCE:
             self._fail(record, "a write by the destination")
-        if self._state is not _State.PHASE or not self.phases:
-            where = "in setup" if self._in_phase and not self.phases else _WORDS[self._state]
+        if self._state is not State.PHASE or not self.phases:
+            where = "in setup" if self._in_phase and not self.phases else WORDS[self._state]
             self._fail(record, f"a write {where}")
         if last < first or not record["writes"] or not record["bytes"]:
             self._fail(record, "a write of nothing")
@@ -535,7 +445,7 @@ class TraceRules:
         by, state = record["by"], record["state"]
         if record["role"] != self._side.value:
             self._fail(record, f"a commit point of a {record['role'][:32]!a} in this trace")
-        means = _COMMITS[self._side].get(by)
+        means = COMMITS[self._side].get(by)
         if means is None:
             self._fail(record, f"the {self._side.value} does not hand over by {by[:32]!a}")
         if state == "before":

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from rdma_mig.trace.grammar import sender_of
 from rdma_mig.trace.reading import Numbered
-from rdma_mig.trace.rules import sender_of
 from rdma_mig.words import printable, size_of
 
 __all__ = ["describe", "line_of"]

@@ -255,8 +255,8 @@ def test_chart_of_one_end_is_a_png(tmp_path: Path):
 
 
 def test_repetitions_are_told_once():
+    from rdma_mig.trace.grammar import Side
     from rdma_mig.trace.rows import Row, fold, shortened
-    from rdma_mig.trace.rules import Side
 
     def rows(texts: str) -> list[Row]:
         return [Row(float(at), Side.SOURCE, "", text, 10) for at, text in enumerate(texts)]

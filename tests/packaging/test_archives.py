@@ -99,7 +99,7 @@ def test_every_source_file_names_its_licence(sdist_files):
     without = [
         name
         for name, content in sdist_files.items()
-        if name.endswith((".py", ".pyx", ".pxd", ".pxi", ".S", ".c"))
+        if name.endswith((".py", ".pyx", ".pxd", ".pxi", ".S", ".inc", ".c"))
         and b"SPDX-License-Identifier: Apache-2.0" not in b"".join(content.splitlines(True)[:2])
     ]
     assert without == []
