@@ -67,6 +67,7 @@ IN_EVERY_RUN = (
     "rdma/test_rdma_operating.py",
     "rdma/test_rdma_hooks.py::test_when_pages_are_merged_and_when_they_are_written",
     "rdma/test_rdma_hooks.py::test_page_by_page_and_in_bulk_the_same_bytes_arrive[pin-all]",
+    "rdma/test_rdma_huge_pages.py::test_ram_arrives_in_huge_pages",
     "rdma/test_rdma_host_cannot.py::test_device_files_that_may_not_be_opened[both]",
     "rdma/test_rdma_host_cannot.py::test_port_that_is_taken",
     "rdma/test_rdma_host_cannot.py::test_name_that_does_not_resolve[no-such-host.invalid]",

@@ -73,6 +73,13 @@ def add_parser(commands: Any) -> None:
         "default one that does not fit into the memory available",
     )
     parser.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="receive RAM into huge pages that were set aside on this host (vm.nr_hugepages): they "
+        "are prepared in less than half the time; blocks that are no whole number of them (ROMs) "
+        "stay out",
+    )
+    parser.add_argument(
         "--sync",
         choices=("before", "after"),
         default="after",
@@ -132,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             args.shared_block,
             max_ram=args.max_ram,
+            huge_pages=args.huge_pages,
             sync_before=args.sync == "before",
             # A file stays what it is, whatever becomes of this process.
             custodian=not args.uri.startswith("file:"),

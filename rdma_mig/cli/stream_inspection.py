@@ -9,8 +9,9 @@ from typing import Any
 
 from rdma_mig.errors import ProtocolError, RemoteProtocolError, UsageError
 from rdma_mig.memory.blocks import RamBlock
+from rdma_mig.memory.meminfo import available_memory
 from rdma_mig.memory.page_stream import PageReader
-from rdma_mig.memory.ram import GuestRam, available_memory
+from rdma_mig.memory.ram import GuestRam
 from rdma_mig.snapshot import human
 from rdma_mig.wire.description import DeviceStateScanner, parse_description
 from rdma_mig.wire.stream import RamPart, RamStart, SectionEnd, StreamHead, StreamParser

@@ -21,7 +21,7 @@ from rdma_mig.host.prediction import Path
 from rdma_mig.host.sample import SAMPLE_SIZE, Sample, receive_sample
 from rdma_mig.host.writes import BandwidthRow, Prepared, Target, WriteSource, WriteTarget
 from rdma_mig.memory.guest import GuestMemory
-from rdma_mig.memory.ram import available_memory
+from rdma_mig.memory.meminfo import available_memory
 from rdma_mig.verbs.endpoint import EndpointOptions
 from rdma_mig.waits import Cancel, Deadline, TransportLimits
 from rdma_mig.wire.uri import TcpAddress

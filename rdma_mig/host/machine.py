@@ -13,6 +13,7 @@ from pathlib import Path
 from rdma_mig.errors import HostError
 from rdma_mig.host.findings import Finding, Level
 from rdma_mig.memory.dirty import kernel_trackers
+from rdma_mig.memory.meminfo import meminfo
 from rdma_mig.verbs.host import require_lockable
 
 __all__ = ["dirty_tracking", "huge_pages", "kernel", "locked_memory", "memory"]
@@ -26,16 +27,6 @@ _NO_LIMIT = 1 << 60
 
 def _mib(size: float) -> str:
     return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"
-
-
-def _meminfo() -> dict[str, int]:
-    """/proc/meminfo, in bytes where it says kB, else as it says."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        key, _, text = line.partition(":")
-        number, _, unit = text.strip().partition(" ")
-        values[key] = int(number) * (1024 if unit == "kB" else 1)
-    return values
 
 
 def _number(path: Path) -> int | None:
@@ -70,7 +61,7 @@ def _cgroup_limits() -> Iterator[tuple[Path, int, int]]:
 
 def memory(ram: int | None) -> Iterator[Finding]:
     """Whether there is memory for a guest of ``ram`` bytes; None to tell what there is."""
-    info = _meminfo()
+    info = meminfo()
     available = info.get("MemAvailable", 0)
     needs = f", {_mib(ram)} of guest RAM are needed" if ram else ""
     short = bool(ram) and ram is not None and ram > available
@@ -111,7 +102,7 @@ def locked_memory(ram: int | None) -> Iterator[Finding]:
 
 def huge_pages() -> Iterator[Finding]:
     """How many huge pages there are; a migration does without."""
-    info = _meminfo()
+    info = meminfo()
     size, total = info.get("Hugepagesize", 0), info.get("HugePages_Total", 0)
     if not total:
         yield Finding("huge-pages", Level.OK, "no huge pages are set aside; none are needed")
@@ -119,8 +110,8 @@ def huge_pages() -> Iterator[Finding]:
     yield Finding(
         "huge-pages",
         Level.OK,
-        f"{info.get('HugePages_Free', 0)} of {total} huge pages of {_mib(size)} are free; memory "
-        "in them cannot be used for anything else",
+        f"{info.get('HugePages_Free', 0)} of {total} huge pages of {_mib(size)} are free, which "
+        "incoming --huge-pages takes; memory in them cannot be used for anything else",
     )
 
 

@@ -8,7 +8,6 @@ descriptor can pull the pages from under a memory region or a copy loop.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -21,9 +20,11 @@ from typing import Self
 from rdma_mig import _pages
 from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError, MigrationCancelled
+from rdma_mig.memory.meminfo import free_huge_pages, huge_page_size, meminfo
 
 __all__ = ["GuestMemory", "MemoryHold"]
 
+_MFD_HUGETLB = 0x4  # as os.MFD_HUGETLB, which Python has only where its C library had it
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; vm.memfd_noexec=2 refuses every memfd without it
 _MIB = 1 << 20
 # Populated at a time, between two looks at whether it shall go on.
@@ -33,17 +34,6 @@ _NAME_LIMIT = 200  # the kernel takes 249 bytes; the name is for /proc/PID/maps 
 
 def _human(size: int) -> str:
     return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{-(-size // _MIB)} MiB"
-
-
-def _memory_left() -> int | None:
-    """Bytes the kernel could still hand out (MemAvailable and free swap); None when unknown."""
-    left = None
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            key, _, value = line.partition(":")
-            if key in ("MemAvailable", "SwapFree"):
-                left = (left or 0) + int(value.split()[0]) * 1024
-    return left
 
 
 class MemoryHold:
@@ -79,20 +69,30 @@ class GuestMemory(Closing):
     Args:
         length: bytes.
         name: what it is, for messages and /proc/PID/maps (the block's idstr).
+        huge_pages: take the huge pages that were set aside (hugetlbfs, vm.nr_hugepages), where
+            ``length`` is a multiple of their size. They are allotted here and now, all of them, and
+            what is touched is populated in a fraction of the time.
 
     Attributes:
         length: bytes.
+        huge: whether it is in huge pages.
         address: where it is mapped in this process, at a page.
         fd: the memfd, open for as long as the memory is; not to be closed by others.
 
     Raises:
-        HostError: this host cannot provide it (memory, address space, descriptors, file size).
+        HostError: this host cannot provide it (memory, address space, descriptors, file size,
+            huge pages).
     """
 
-    def __init__(self, length: int, name: str) -> None:
+    def __init__(self, length: int, name: str, *, huge_pages: bool = False) -> None:
         if length <= 0:
             raise ValueError(f"guest memory {name!r} of {length} bytes")
-        self._set_up(length, name, -1)
+        size = huge_page_size() if huge_pages else 0
+        if huge_pages and not size:
+            raise HostError(
+                "this kernel has no huge pages", remedy="leave --huge-pages out: it does without"
+            )
+        self._set_up(length, name, -1, huge=bool(size) and length % size == 0)
 
     @classmethod
     def adopt(cls, fd: int, name: str) -> GuestMemory:
@@ -109,15 +109,16 @@ class GuestMemory(Closing):
         memory._set_up(os.fstat(fd).st_size, name, fd)
         return memory
 
-    def _set_up(self, length: int, name: str, fd: int) -> None:
+    def _set_up(self, length: int, name: str, fd: int, *, huge: bool = False) -> None:
         self.name = name
         self.length = length
+        self.huge = huge
         self.fd = fd
         self._holds: list[MemoryHold] = []
         self._map: mmap.mmap | None = None
         try:
             if fd < 0:
-                self.fd = _memfd(name)
+                self.fd = _memfd(name, _MFD_HUGETLB if huge else 0)
                 os.ftruncate(self.fd, length)
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
             self._map = mmap.mmap(self.fd, length, mmap.MAP_SHARED)
@@ -130,6 +131,13 @@ class GuestMemory(Closing):
 
     def _refused(self, what: str, error: OSError | OverflowError) -> HostError:
         code = error.errno if isinstance(error, OSError) else errno.ENOMEM
+        if self.huge and code == errno.ENOMEM:
+            return HostError(
+                f"{_human(self.length)} of memory for RAM block {self.name!r} {what}: "
+                "too few huge pages are set aside, "
+                f"{free_huge_pages()} of {_human(huge_page_size())} are left",
+                remedy="set more aside (sysctl vm.nr_hugepages), or leave --huge-pages out",
+            )
         remedy = {
             errno.EFBIG: "raise the file size limit (ulimit -f), which counts for memory files too",
             errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -162,10 +170,11 @@ class GuestMemory(Closing):
     def next_data(self, offset: int) -> int | None:
         """The offset at or after ``offset`` from which pages are allocated; None for no more.
 
-        What lies between is zero, and reading it through the mapping would allocate it.
+        What lies between is zero, and reading it through the mapping would allocate it. Of memory
+        in huge pages it is known only whether there is one at all.
         """
         self._mapped()
-        if offset >= self.length:
+        if offset >= self.length or (self.huge and not os.fstat(self.fd).st_blocks):
             return None
         try:
             return os.lseek(self.fd, offset, os.SEEK_DATA)
@@ -208,6 +217,10 @@ class GuestMemory(Closing):
             HostError: there is not enough memory.
         """
         self._mapped()
+        if self.huge:  # which no file is written to
+            with self.view() as view:
+                view[offset : offset + len(data)] = data
+            return
         written = _pages.write_data(self.fd, data, offset, mmap.PAGESIZE)
         if written < 0:
             raise self._refused(
@@ -230,8 +243,9 @@ class GuestMemory(Closing):
         if step <= 0 or step % mmap.PAGESIZE:
             raise ValueError(f"step {step} is not a multiple of the page size")
         missing = self.length - os.fstat(self.fd).st_blocks * 512
-        left = _memory_left()
-        if left is not None and missing > left:
+        info = meminfo()
+        left = info.get("MemAvailable", missing) + info.get("SwapFree", 0)
+        if not self.huge and missing > left:
             # Populating beyond that wakes the OOM killer, which may choose anyone.
             raise HostError(
                 f"RAM block {self.name!r} needs {_human(missing)} of memory and this host has "
@@ -330,9 +344,9 @@ class GuestMemory(Closing):
             self._discard()
 
 
-def _memfd(name: str) -> int:
+def _memfd(name: str, flags: int) -> int:
     label = name.encode("utf-8", "surrogateescape").replace(b"\0", b"?")[:_NAME_LIMIT]
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return os.memfd_create(os.fsdecode(label), flags | _MFD_NOEXEC_SEAL)
     except OSError as error:

@@ -4,38 +4,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rdma_mig.closing import Closing
 from rdma_mig.errors import HostError
 from rdma_mig.memory.blocks import CHUNK_SIZE, RamBlock
 from rdma_mig.memory.guest import GuestMemory
+from rdma_mig.memory.meminfo import available_memory, huge_page_size
 
-__all__ = ["GuestBlock", "GuestRam", "available_memory", "require_memory"]
+__all__ = ["GuestBlock", "GuestRam", "require_memory"]
 
 # What this process needs beside the guest's RAM.
 _OVERHEAD = 96 << 20
 
 
-def available_memory() -> int:
-    """Return the bytes that this host can still give to processes (MemAvailable)."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise HostError("/proc/meminfo does not say how much memory is available")
-
-
-def require_memory(total: int) -> None:
+def require_memory(lengths: Iterable[int], *, huge_pages: bool = False) -> None:
     """Refuse a guest that does not fit into this host, before any of its RAM is taken.
 
     Args:
-        total: bytes of RAM that its source announces.
+        lengths: bytes of the RAM blocks that its source announces.
+        huge_pages: as for `GuestRam`; what they hold is not taken from what is available.
 
     Raises:
         HostError: they and what this process needs are more than is available.
     """
+    size = huge_page_size() if huge_pages else 0
+    total = sum(length for length in lengths if not size or length % size)
     available = available_memory()
     if total + _OVERHEAD > available:
         raise HostError(
@@ -67,6 +62,7 @@ class GuestRam(Closing):
 
     Args:
         blocks: in stream order. The memory is allocated here, and costs nothing until touched.
+        huge_pages: use huge pages that were set aside, for the blocks of whole ones.
 
     Attributes:
         at_rest: nobody writes to it any more until it is closed, as when it was loaded from a
@@ -76,13 +72,13 @@ class GuestRam(Closing):
         HostError: the memory cannot be had.
     """
 
-    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+    def __init__(self, blocks: Sequence[RamBlock], *, huge_pages: bool = False) -> None:
         self.at_rest = False
         self._blocks: list[GuestBlock] = []
         offset = 0
         try:
             for index, block in enumerate(blocks):
-                memory = GuestMemory(block.length, block.idstr)
+                memory = GuestMemory(block.length, block.idstr, huge_pages=huge_pages)
                 self._blocks.append(GuestBlock(index, block, memory, offset))
                 offset += -(-block.length // CHUNK_SIZE) * CHUNK_SIZE
         except BaseException:

@@ -166,7 +166,7 @@ class SnapshotGuest(Closing):
                 "the stream does not say which machine it belongs to",
                 remedy="start the source without migration.send-configuration=off",
             )
-        require_memory(start.total)
+        require_memory(block.length for block in start.blocks)
         self.machine = head.machine
         self._section_id = start.section_id
         self._writer.write_config(head.raw)

@@ -70,6 +70,7 @@ class SnapshotDestination:
         shared_blocks: names of the RAM blocks that a source with x-ignore-shared keeps to itself,
             `NO_SHARED_BLOCKS` for none; None to guess.
         max_ram: most bytes of RAM that a guest may have, within what this host has available.
+        huge_pages: receive RAM into huge pages that were set aside, as `GuestRam` has it.
         sync_before: put RAM on disk before the commit point, at the cost of the guest's downtime.
         custodian: start a process at once that finishes the snapshot should this one be killed
             when RAM is here, in memory only, and the source may have let go. What it says goes to
@@ -85,11 +86,13 @@ class SnapshotDestination:
         shared_blocks: Sequence[str] | None = None,
         *,
         max_ram: int | None = None,
+        huge_pages: bool = False,
         sync_before: bool = False,
         custodian: bool = False,
     ) -> None:
         self.keeper = SnapshotKeeper(path, custodian=custodian and not sync_before)
         self._max_ram = max_ram
+        self._huge_pages = huge_pages
         self._sync_before = sync_before
         self._named_shared = shared_blocks
         self._shared = SharedBlocks()
@@ -242,13 +245,14 @@ class SnapshotDestination:
                 f"{self._max_ram >> 20} MiB",
                 remedy="allow more, if this is the machine that was awaited",
             )
-        require_memory(total)
+        require_memory((block.length for block in kept), huge_pages=self._huge_pages)
         self._start = start
         self._ram = GuestRam(
             [
                 RamBlock(block.idstr, block.length, block.page_size, block.guest_address)
                 for block in kept
-            ]
+            ],
+            huge_pages=self._huge_pages,
         )
         for guest in self._ram:
             ram_control_load_hook(file, RAM_CONTROL_BLOCK_REG, guest.block.idstr)

@@ -8,6 +8,7 @@ processor could see them (firmware tables, shadowed ROMs, a display's memory bef
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ _STEP = 64 << 10
 # QEMU aligns what it allocates for a block to this, and puts an inaccessible page behind it.
 _BLOCK_ALIGNMENT = 2 << 20
 _ROM_SIGNATURE = b"\x55\xaa"
+_TRIES = 3
 
 
 def fill_random(path: Path, seed: int, start: int, length: int) -> None:
@@ -53,6 +55,18 @@ def read_blocks(qemu: Qemu) -> dict[str, Buffer]:
         HarnessError: when there is a block that cannot be told apart in QEMU's memory; none is
             left out.
     """
+    for left in reversed(range(_TRIES)):
+        try:
+            return _read_blocks(qemu)
+        except OSError as error:
+            # A thread's memory is laid out as a block's may be, and goes with the thread: between
+            # reading what is mapped and reading what is there.
+            if error.errno != errno.EIO or not left:
+                raise
+    raise AssertionError("not reached")
+
+
+def _read_blocks(qemu: Qemu) -> dict[str, Buffer]:
     infos = qemu.ram_blocks()
     addresses, unknown = _locate(qemu, [i for i in infos if i.name not in qemu.memory_files])
     if unknown:

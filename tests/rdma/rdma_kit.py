@@ -542,13 +542,16 @@ def incoming(
     *,
     host: str = "",
     max_ram: int | None = None,
+    huge_pages: bool = False,
     sync_before: bool = False,
     trace: Trace | None = None,
     **options: Any,
 ) -> Iterator[End]:
     """Our destination, listening."""
     end = End(trace)
-    destination = SnapshotDestination(output, max_ram=max_ram, sync_before=sync_before)
+    destination = SnapshotDestination(
+        output, max_ram=max_ram, huge_pages=huge_pages, sync_before=sync_before
+    )
     try:
         with end.migration:
             end.uri = str(
