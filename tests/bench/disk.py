@@ -17,8 +17,9 @@ from pathlib import Path
 
 MIB = 1 << 20
 _SECONDS = 120.0
-# A snapshot that is sent, and one that arrives or the copy that dd makes; and what ext4 needs.
-_COPIES = 2
+# A snapshot that is sent, one that arrives or the copy that dd makes, and as much again free beside
+# that: a disk that is nearly full is a case of its own (snapshot/room.py). And what ext4 needs.
+_COPIES = 3
 _BESIDE = 512 * MIB
 
 
