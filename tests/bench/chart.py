@@ -38,7 +38,8 @@ def draw(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
             f"{row['source']} to {row['destination']}"
         )
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.margins(x=0.1)
     axes.set_xlabel("seconds; setup hatched; x: of QEMU to QEMU, paired")
     axes.set_title(
         f"{about['kernel']}, {about['device']}, MTU {about['mtu']}, {about['qemu']}", fontsize=8
