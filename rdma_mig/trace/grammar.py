@@ -13,7 +13,6 @@ from rdma_mig.wire.control import ControlType
 __all__ = [
     "COMMITS",
     "DYNAMIC",
-    "EMPTY",
     "ENDS",
     "NEXT",
     "OPENING",
@@ -92,14 +91,6 @@ REPLIES = {
     ControlType.UNREGISTER_REQUEST: ControlType.UNREGISTER_FINISHED,
 }
 DYNAMIC = (ControlType.REGISTER_REQUEST, ControlType.COMPRESS, ControlType.UNREGISTER_REQUEST)
-EMPTY = (
-    ControlType.ERROR,
-    ControlType.READY,
-    ControlType.RAM_BLOCKS_REQUEST,
-    ControlType.REGISTER_FINISHED,
-    ControlType.UNREGISTER_FINISHED,
-    ControlType.STREAM_END,
-)
 RECORD_SIZES = {
     ControlType.RAM_BLOCKS_RESULT: 32,
     ControlType.COMPRESS: 24,

@@ -18,7 +18,6 @@ from rdma_mig.memory.blocks import CHUNK_SIZE
 from rdma_mig.trace.grammar import (
     COMMITS,
     DYNAMIC,
-    EMPTY,
     ENDS,
     NEXT,
     OPENING,
@@ -30,14 +29,13 @@ from rdma_mig.trace.grammar import (
     sender_of,
 )
 from rdma_mig.trace.reading import Numbered
-from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD, ControlType
+from rdma_mig.wire.control import CONTROL_MAX_PAYLOAD, EMPTY, MAX_REPEAT, ControlType
 
 __all__ = ["PHASE_SHOWN_SINCE", "TraceRules", "Violation", "check_records"]
 
 PHASE_SHOWN_SINCE = 2
 """Version of a trace from which on it has what the rules are about."""
 
-_REPEAT_MAX = 4096
 # Those beside the first are numbered from 1.
 _SIDE_CHANNEL = re.compile(r"connection-([1-9]|1[0-5])", re.ASCII)
 # Chunks that one registration is followed over; a larger one is none of ours.
@@ -230,7 +228,7 @@ class TraceRules:
             self._fail(record, f"{message.name} of {length} bytes, its records are of {one}")
         if message in (ControlType.REGISTER_REQUEST, ControlType.UNREGISTER_REQUEST):
             assert one is not None
-            if not 1 <= repeat <= _REPEAT_MAX or length != one * repeat:
+            if not 1 <= repeat <= MAX_REPEAT or length != one * repeat:
                 self._fail(record, f"{message.name} of {length} bytes announces {repeat} records")
 
     def _on_control(self, record: Numbered, sender: Side, message: ControlType) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "CONTROL_HEADER_SIZE",
     "CONTROL_MAX",
     "CONTROL_MAX_PAYLOAD",
+    "EMPTY",
     "MAX_RAM_BLOCKS",
     "MAX_REPEAT",
     "ControlHeader",
@@ -92,7 +93,8 @@ class ControlType(IntEnum):
 
 
 _TYPES: dict[int, ControlType] = {int(kind): kind for kind in ControlType}
-_EMPTY = frozenset(
+#: Messages that have no payload.
+EMPTY = frozenset(
     {
         ControlType.ERROR,
         ControlType.READY,
@@ -164,7 +166,7 @@ def _fault(kind: ControlType, length: int, repeat: int) -> str:
     allowed = ""
     if kind is ControlType.NONE:
         return "control message type NONE is never sent"
-    if kind in _EMPTY:
+    if kind in EMPTY:
         allowed = "" if length == 0 else "0"
     elif kind is ControlType.QEMU_FILE:
         allowed = "" if length >= 1 else f"1 to {CONTROL_MAX_PAYLOAD}"
